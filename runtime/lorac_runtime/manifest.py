@@ -197,7 +197,7 @@ def parse(text: str, where: str = FILE_NAME) -> Manifest:
     try:
         raw: Any = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as err:
-        raise ArtifactError(f"{where} is not valid JSON ({err}): truncated? Export the artifact again.") from err
+        raise ArtifactError(f"{where} is not valid JSON ({err}); export the artifact again.") from err
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(
@@ -255,7 +255,7 @@ def verify_files(folder: Path, manifest: Manifest, names: tuple[str, ...] | None
             problems.append(f"{name} was altered: its sha256 is not the one in the manifest")
     if problems:
         raise ArtifactError(
-            listed(f"{folder} is damaged or mixed from two exports; export it again or copy it whole:", problems)
+            listed(f"{folder} is damaged or mixed from two exports; copy or export it again:", problems)
         )
 
 

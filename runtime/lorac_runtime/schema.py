@@ -13,7 +13,7 @@ _SCALARS = {str: "text", bool: "true or false", int: "an integer", float: "a num
 def decode(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
     """Read ``value`` (from JSON) as ``kind``; append to ``problems`` what does not fit.
 
-    Knows str, bool, int, float, tuples (``tuple[X, ...]`` or fixed), ``dict[str, X]``, ``X | None``, dataclasses.
+    Knows str, bool, int, float, tuples, ``dict[str, X]``, ``X | None`` and dataclasses.
 
     >>> found: list[str] = []
     >>> decode(tuple[int, ...], [3, "x"], "shape", found), found
