@@ -111,7 +111,7 @@ def delta(a: Array, b: Array, shape: tuple[int, ...], scale: float | Array, layo
     c_out, c_in, k_h, k_w = conv_dims(shape)
     if tuple(a.shape) != (a.shape[0], c_in * k_w) or tuple(b.shape) != (c_out * k_h, a.shape[0]):
         raise ValueError(
-            f"lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} do not fit a weight of shape {tuple(shape)}: "
+            f"lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} do not fit weight {tuple(shape)}: "
             f"expected (rank, {c_in * k_w}) and ({c_out * k_h}, rank)"
         )
     result: Array = arrange(b @ a, shape, layout) * scale

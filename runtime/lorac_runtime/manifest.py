@@ -111,7 +111,7 @@ class BatchNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """Where a tensor's bytes lie in a base file. ``permute``: axes applied before writing (None: as it is)."""
+    """Where a tensor's bytes lie in a base file; ``permute`` gives the axes to apply before writing."""
 
     tensor: str
     file: str

@@ -1,0 +1,237 @@
+"""Write a training artifact: base.onnx, what trains it, and the manifest that ties them together.
+
+The folder is made beside its final place, checked, and renamed; an export that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import safetensors.numpy
+from lorac_exporters.canonical import Canonical
+from lorac_exporters.patch_table import patch_table
+from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
+
+from lorac_exporters import training_ort
+from lorac_exporters.bn_tensors import batchnorm_tensors
+from lorac_exporters.graphs import Graphs, build_graphs
+from lorac_exporters.inject import count_parameters, starting_values
+from lorac_exporters.plan import LoraConfig
+from lorac_exporters.statistics_graph import statistics_graph
+from lorac_runtime import manifest as mf
+from lorac_runtime.errors import AdapterError, OutputError
+
+log = logging.getLogger(__name__)
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[str], None]
+STATISTICS = "stats_model.onnx"
+LOGITS_TOLERANCE = 1e-4  # times max(1, largest logit)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtifactConfig:
+    """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields."""
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    method: str = "lora-c"
+    bn_policy: mf.BnPolicy = "frozen"
+    training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written: the manifest, what canonicalization changed, which layers stay frozen and why."""
+
+    folder: Path
+    manifest: mf.Manifest
+    changes: tuple[str, ...]
+    frozen: tuple[tuple[str, str], ...]
+    seconds: float
+
+
+def write_artifact(
+    model: ir.Model,
+    out: Path,
+    *,
+    name: str,
+    spec: mf.InputSpec,
+    class_names: tuple[str, ...],
+    config: ArtifactConfig,
+    adapter: Path | None = None,
+    on_progress: Progress = log.info,
+) -> ExportReport:
+    """Write the artifact of an inference graph into the folder ``out``.
+
+    ``model`` is a raw graph (`torch_graph.export_graph` or `onnx_file.read_graph`), its head already of
+    ``len(class_names)`` outputs. ``adapter`` starts the device from an adapter trained elsewhere.
+
+    Raises ConversionError for a model that cannot be trained (every obstacle named), AdapterError for an
+    adapter of another model, OutputError if the folder cannot be written or holds something else.
+    """
+    started = time.perf_counter()
+    check_replaceable(out)
+    on_progress("cleaning the graph and planning what trains")
+    graphs = build_graphs(model, spec=spec, config_method=config.method, lora=config.lora, policy=config.bn_policy)
+    with _beside(out) as folder:
+        manifest = _fill(folder, graphs, name, class_names, config, adapter, on_progress)
+        (folder / mf.FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        mf.verify_files(folder, mf.load(folder))
+    return ExportReport(out, manifest, graphs.base.changes, graphs.plan.frozen, time.perf_counter() - started)
+
+
+def _fill(
+    folder: Path,
+    graphs: Graphs,
+    name: str,
+    class_names: tuple[str, ...],
+    config: ArtifactConfig,
+    adapter: Path | None,
+    on_progress: Progress,
+) -> mf.Manifest:
+    on_progress("writing base.onnx")
+    _save(graphs.base, folder / mf.BASE)
+    manifest = _manifest(folder, graphs, name, class_names, config)
+    tensors = _write_batchnorm(folder, graphs)
+    start = starting_values(graphs.plan, graphs.training_values, seed=config.lora.seed)
+    if adapter is not None:
+        start |= _from_adapter(manifest, adapter, tensors)
+    save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest))
+    on_progress("building the gradient graph")
+    training = graphs.training_model(start)
+    version = training_ort.write(
+        training,
+        folder,
+        trainable=[t.name for t in graphs.plan.trainables],
+        frozen=graphs.frozen_names(),
+        defaults=config.training,
+    )
+    return _finished(folder, manifest, version)
+
+
+def _manifest(
+    folder: Path, graphs: Graphs, name: str, class_names: tuple[str, ...], config: ArtifactConfig
+) -> mf.Manifest:
+    base = folder / mf.BASE
+    return mf.Manifest(
+        schema_version=mf.SCHEMA_VERSION,
+        model=name,
+        method=config.method,
+        bn_policy=config.bn_policy,
+        coordinates="unfolded" if config.bn_policy == "batch" else "folded",
+        input=dataclasses.replace(graphs.spec, name=str(graphs.base.model.graph.inputs[0].name)),
+        output=mf.OutputSpec(str(graphs.base.model.graph.outputs[0].name), len(class_names)),
+        class_names=class_names,
+        adapters=graphs.plan.adapters,
+        trainables=graphs.plan.trainables,
+        batchnorms=graphs.base.batchnorms,
+        training=config.training,
+        files={mf.BASE: mf.FileEntry(mf.sha256(base), base.stat().st_size)},
+        patches=patch_table(base, mf.BASE, graphs.patched_shapes()),
+        tolerances={"logits": LOGITS_TOLERANCE},
+        engines={},
+        model_parameters=count_parameters(graphs.original),
+        versions={p: importlib.metadata.version(p) for p in ("lorac-deploy", "onnx", "onnx-ir")},
+    )
+
+
+def _finished(folder: Path, manifest: mf.Manifest, version: str) -> mf.Manifest:
+    """Add the files and the engine to the manifest."""
+    engine_files = [*training_ort.FILES, *(n for n in (STATISTICS,) if (folder / n).exists())]
+    entries = {path.name: mf.FileEntry(mf.sha256(path), path.stat().st_size) for path in sorted(folder.iterdir())}
+    engines = {training_ort.ENGINE: mf.EngineEntry(tuple(engine_files), version)}
+    return dataclasses.replace(manifest, files=entries, engines=engines)
+
+
+def _write_batchnorm(folder: Path, graphs: Graphs) -> dict[str, npt.NDArray[np.generic]]:
+    if not graphs.base.batchnorms:
+        return {}
+    tensors = batchnorm_tensors(graphs.base.batchnorms, graphs.original.values)
+    safetensors.numpy.save_file(tensors, folder / mf.BATCHNORM)
+    if graphs.policy == "recalibrate":
+        statistics = statistics_graph(graphs.original.model, graphs.base.batchnorms)
+        ir.save(statistics, folder / STATISTICS)
+    return tensors
+
+
+def _from_adapter(
+    manifest: mf.Manifest, path: Path, batchnorm: dict[str, npt.NDArray[np.generic]]
+) -> dict[str, Floats]:
+    if manifest.bn_policy == "recalibrate":
+        raise AdapterError(
+            f"{path}: an artifact with BN policy recalibrate re-estimates its statistics before it trains and "
+            "cannot start from an adapter; export it with --bn frozen, or without --adapter"
+        )
+    file = load_adapter(path)
+    check_adapter(manifest, file)
+    return to_manifest_coordinates(manifest, batchnorm, file)
+
+
+def adapter_metadata(manifest: mf.Manifest) -> dict[str, str]:
+    """The metadata of an adapter file that belongs to this artifact's base; all values are text."""
+    first = manifest.adapters[0] if manifest.adapters else None
+    return {
+        "format": "lorac-adapter",
+        "schema": "1",
+        "model": manifest.model,
+        "method": manifest.method,
+        "layout": first.layout if first else "",
+        "r": str(first.r) if first else "",
+        "alpha": repr(first.alpha) if first else "",
+        "bn_policy": manifest.bn_policy,
+        "coordinates": manifest.coordinates,
+        "base_sha256": manifest.files[mf.BASE].sha256,
+        "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
+    }
+
+
+def _save(canonical: Canonical, path: Path) -> None:
+    ir.save(canonical.model, path)
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise OutputError unless ``out`` is absent, an empty folder, or an earlier artifact."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} is a file; --out names the folder of the artifact")
+    if any(out.iterdir()) and not (out / mf.FILE_NAME).is_file():
+        raise OutputError(f"{out} holds something that is not a training artifact; choose another --out")
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A fresh folder beside ``out`` that takes its place when the block succeeds."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as err:
+        raise OutputError(f"cannot write beside {out}: {err.strerror or err}") from err
+    try:
+        yield folder
+        _take_place(folder, out)
+    except OSError as err:
+        raise OutputError(f"cannot write {out}: {err.strerror or err}") from err
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(folder: Path, out: Path) -> None:
+    folder.chmod(0o755)
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old / "artifact")
+    folder.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

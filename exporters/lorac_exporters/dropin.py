@@ -1,0 +1,170 @@
+"""Is FUSED a drop-in for BASE? A report of every promise, checked on the files themselves.
+
+The checks: same operators, edges, attributes, order; same initializers, shapes, dtypes; same inputs and
+outputs; same opset and IR version; same file size; and (with the artifact's manifest) only bytes inside the
+patch table differ. `numeric_check` adds that the fused graph answers like the unfused training graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+from lorac_runtime.errors import ArtifactError
+from lorac_runtime.manifest import Patch
+
+Verdict = Literal["pass", "fail", "not checked"]
+MAX_LISTED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One promise: its verdict and the evidence (what was compared, or what differs)."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DropinReport:
+    """All checks of one pair of files. ``ok`` needs at least one passed check and none failed."""
+
+    base: str
+    fused: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether FUSED may replace BASE."""
+        verdicts = [check.verdict for check in self.checks]
+        return "fail" not in verdicts and "pass" in verdicts
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = None) -> DropinReport:
+    """Compare two .onnx files; ``patches`` (of the base file) allow the check of every single byte.
+
+    Raises ArtifactError if a file is missing or is not ONNX.
+    """
+    old, new = read_model(base), read_model(fused)
+    checks = [
+        *compare_models(old, new),
+        _same("file size", base.stat().st_size, fused.stat().st_size, "bytes"),
+        _bytes_check(base, fused, None if patches is None else list(patches)),
+    ]
+    return DropinReport(str(base), str(fused), tuple(checks))
+
+
+def compare_models(old: onnx.ModelProto, new: onnx.ModelProto) -> list[Check]:
+    """The structural checks, on models in memory."""
+    return [
+        _listed("operators", _operators(old), _operators(new), "nodes"),
+        _listed("edges", _edges(old), _edges(new), "nodes"),
+        _listed("attributes", _attributes(old), _attributes(new), "nodes"),
+        _listed("initializers", _initializers(old), _initializers(new), "tensors"),
+        _listed("inputs", _values(old.graph.input), _values(new.graph.input), "inputs"),
+        _listed("outputs", _values(old.graph.output), _values(new.graph.output), "outputs"),
+        _same("opset", _opsets(old), _opsets(new), ""),
+        _same("IR version", old.ir_version, new.ir_version, ""),
+    ]
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Load an .onnx file. Raises ArtifactError with what is wrong."""
+    try:
+        return onnx.load(path)
+    except FileNotFoundError as err:
+        raise ArtifactError(f"{path} not found") from err
+    except (OSError, ValueError) as err:
+        raise ArtifactError(f"{path} cannot be read: {err}") from err
+    except Exception as err:
+        if type(err).__name__ != "DecodeError":  # protobuf's own; the package is no dependency of ours
+            raise
+        raise ArtifactError(f"{path} is not an ONNX file, or is truncated ({err})") from err
+
+
+def numeric_check(name: str, expected: np.ndarray[Any, Any], got: np.ndarray[Any, Any], tolerance: float) -> Check:
+    """Agreement of two sets of logits: max abs difference <= tolerance * max(1, largest logit)."""
+    if expected.shape != got.shape or expected.size == 0:
+        return Check(name, "fail", f"logits of shape {got.shape}, expected {expected.shape}")
+    difference = float(np.max(np.abs(expected.astype(np.float64) - got)))
+    bound = tolerance * max(1.0, float(np.max(np.abs(expected))))
+    verdict: Verdict = "pass" if difference <= bound else "fail"
+    return Check(name, verdict, f"max abs difference {difference:.2e}, allowed {bound:.2e} on {len(expected)} inputs")
+
+
+def _same(name: str, old: object, new: object, unit: str) -> Check:
+    if old == new:
+        return Check(name, "pass", f"{old} {unit}".strip())
+    return Check(name, "fail", f"base has {old}, fused has {new} {unit}".strip())
+
+
+def _listed(name: str, old: list[str], new: list[str], unit: str) -> Check:
+    if old == new:
+        return Check(name, "pass", f"{len(old)} {unit} equal")
+    if len(old) != len(new):
+        return Check(name, "fail", f"base has {len(old)} {unit}, fused has {len(new)}")
+    different = [f"{a} -> {b}" for a, b in zip(old, new, strict=True) if a != b]
+    more = f" and {len(different) - MAX_LISTED} more" if len(different) > MAX_LISTED else ""
+    return Check(name, "fail", "; ".join(different[:MAX_LISTED]) + more)
+
+
+def _operators(model: onnx.ModelProto) -> list[str]:
+    return [f"{node.domain}:{node.op_type}" for node in model.graph.node]
+
+
+def _edges(model: onnx.ModelProto) -> list[str]:
+    return [f"{','.join(n.input)} => {','.join(n.output)}" for n in model.graph.node]
+
+
+def _attributes(model: onnx.ModelProto) -> list[str]:
+    """Each node's attributes as text; sorted, since their order means nothing."""
+    return [
+        f"{node.name}({', '.join(sorted(onnx.helper.printable_attribute(a) for a in node.attribute))})"
+        for node in model.graph.node
+    ]
+
+
+def _initializers(model: onnx.ModelProto) -> list[str]:
+    names = onnx.TensorProto.DataType.Name
+    return [f"{t.name}: {names(t.data_type)}{list(t.dims)}" for t in model.graph.initializer]
+
+
+def _values(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
+    found = []
+    for value in values:
+        tensor = value.type.tensor_type
+        dims = [d.dim_param or d.dim_value for d in tensor.shape.dim]
+        found.append(f"{value.name}: {onnx.TensorProto.DataType.Name(tensor.elem_type)}{dims}")
+    return found
+
+
+def _opsets(model: onnx.ModelProto) -> str:
+    return ", ".join(sorted(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import))
+
+
+def _bytes_check(base: Path, fused: Path, patches: list[Patch] | None) -> Check:
+    name = "bytes outside the patch table"
+    if patches is None:
+        return Check(name, "not checked", "no manifest.json beside the base; name its folder with --artifact")
+    old, new = np.fromfile(base, np.uint8), np.fromfile(fused, np.uint8)
+    if old.size != new.size:
+        return Check(name, "fail", "the files differ in size")
+    different = old != new
+    changed = int(different.sum())
+    for patch in patches:
+        different[patch.offset : patch.offset + patch.nbytes] = False
+    outside = np.flatnonzero(different)
+    if outside.size:
+        return Check(name, "fail", f"{outside.size} bytes differ outside it, the first at offset {outside[0]}")
+    total = sum(p.nbytes for p in patches)
+    return Check(name, "pass", f"equal; {changed} of its {total} bytes changed")

@@ -1,0 +1,116 @@
+"""The graphs of one artifact, from one source: base (folded), original (BN kept), and the one that trains."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from lorac_exporters.canonical import Canonical, canonicalize
+from lorac_exporters.preprocessing import add_preprocessing
+from lorac_exporters.rewrites import rewrite_for_training
+
+from lorac_exporters import preflight, training_ort
+from lorac_exporters.inject import conv_bias_names, describe, inject
+from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
+from lorac_runtime.errors import ConversionError
+from lorac_runtime.manifest import BnPolicy, InputSpec
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """``base`` becomes base.onnx; ``original`` is the same network before folding; the policy picks which trains."""
+
+    base: Canonical
+    original: Canonical
+    plan: Plan
+    policy: BnPolicy
+    spec: InputSpec
+    network: Network
+
+    @property
+    def trained(self) -> Canonical:
+        """The graph that adapters are added to: folded, unless batch statistics are used."""
+        return self.original if self.policy == "batch" else self.base
+
+    @property
+    def training_values(self) -> dict[str, Floats]:
+        """Parameters of `trained`, by name."""
+        return self.trained.values
+
+    def frozen_names(self) -> list[str]:
+        """Parameters of `trained` that do not train, in graph order."""
+        trainable = {t.name for t in self.plan.trainables}
+        return [name for name in self._parameter_names() if name not in trainable]
+
+    def patched_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of base.onnx that an adaptation may change, with their shapes, in graph order."""
+        changing = {t.name for t in self.plan.trainables} | {a.weight for a in self.plan.adapters}
+        if self.policy != "frozen":
+            changing |= {name for bn in self.base.batchnorms for name in bn.folded_into}
+        return {k: v.shape for k, v in self.base.values.items() if k in changing}
+
+    def training_model(self, start: dict[str, Floats]) -> ir.Model:
+        """The graph to differentiate: branches added, parameters and BN statistics at ``start``."""
+        model = self.trained.model.clone()
+        rewrite_for_training(model)
+        inject(model, self.plan, start)
+        for name in start.keys() - {t.name for t in self.plan.trainables}:
+            model.graph.initializers[name].const_value = ir.tensor(start[name], name=name)
+        return model
+
+    def _parameter_names(self) -> list[str]:
+        names = [n for conv in self.network.convs for n in (conv.weight, conv.bias) if n is not None]
+        names += [
+            self.network.head_weight[0],
+            *([self.network.head_bias[0]] if self.network.head_bias else []),
+        ]
+        names += [n for bn in self.base.batchnorms for n in self._bn_names(bn.affine, bn.folded_into)]
+        if self.policy == "batch":
+            for bn in self.base.batchnorms:
+                names += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        return [n for n in dict.fromkeys(names) if n in self.trained.values]
+
+    def _bn_names(self, affine: bool, folded_into: tuple[str, str]) -> tuple[str, ...]:
+        return folded_into if affine and self.policy != "batch" else ()
+
+
+def build_graphs(model: ir.Model, *, spec: InputSpec, config_method: str, lora: LoraConfig, policy: BnPolicy) -> Graphs:
+    """Canonical graphs and the plan, checked for the engine before any file is written.
+
+    Raises ConversionError naming every operator on a gradient path that the engine cannot differentiate.
+    """
+    base, original = canonicalize(model), canonicalize(model, fold=False)
+    _check_policy(policy, base)
+    if spec.in_graph:
+        add_preprocessing(base.model, spec)
+        add_preprocessing(original.model, spec)
+    network = _network(base, original, policy)
+    plan = METHODS[config_method](network, lora)
+    graphs = Graphs(base, original, plan, policy, spec, network)
+    trained = graphs.trained.model.clone()
+    rewrite_for_training(trained)
+    changing = [t.name for t in plan.trainables if t.role not in ("lora_a", "lora_b", "alpha")]
+    changing += [a.weight for a in plan.adapters]
+    preflight.require_trainable(trained, changing, engine=training_ort.ENGINE)
+    return graphs
+
+
+def _network(base: Canonical, original: Canonical, policy: BnPolicy) -> Network:
+    if policy != "batch":
+        return describe(base, original)
+    network = describe(original, original)
+    idle = conv_bias_names(base.batchnorms)
+    convs = tuple(dataclasses.replace(c, bias=None) if c.bias in idle else c for c in network.convs)
+    return dataclasses.replace(network, convs=convs)
+
+
+def _check_policy(policy: BnPolicy, base: Canonical) -> None:
+    if policy != "frozen" and not base.batchnorms:
+        raise ConversionError(
+            f"BN policy {policy!r} needs batch normalisations, and this model has none (already folded by whoever "
+            "exported it?); use --bn frozen"
+        )

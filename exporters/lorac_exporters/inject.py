@@ -1,0 +1,150 @@
+"""Carry out a plan on an ONNX graph: facts for the planner, starting values, and the low-rank branches.
+
+Each adapted convolution gets ``weight + arrange(lora_b @ lora_a) * scale`` in front of it (weight space), made
+of MatMul, Reshape, Transpose, Mul and Add, so that any engine that differentiates those can train it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from lorac_exporters.canonical import Canonical
+from lorac_exporters.heads import find_head
+
+from lorac_exporters.graph_tools import array, constant, convolutions, layer_name
+from lorac_exporters.plan import ConvLayer, Network, Plan
+from lorac_runtime.delta import conv_dims
+from lorac_runtime.errors import ConversionError
+from lorac_runtime.manifest import Adapter, BatchNorm
+
+Floats = npt.NDArray[np.float32]
+
+
+def describe(canonical: Canonical, original: Canonical | None = None) -> Network:
+    """The facts of a canonical graph that `lorac_exporters.plan` needs.
+
+    ``original`` is the same network with its BN kept; it gives the parameter count of the network as its
+    author knows it (BN and no added biases), which decides rank mode ``auto``.
+    """
+    head = find_head(canonical.model)
+    convs = tuple(_conv_layer(node) for node in convolutions(canonical.model.graph))
+    weight, bias = canonical.values[head.weight], canonical.values[head.bias]
+    kept_bn = canonical.batchnorms if _has_batchnorm_nodes(canonical) else ()
+    return Network(
+        convs=convs,
+        head_weight=(head.weight, weight.shape),
+        head_bias=(head.bias, bias.shape),
+        backbone_parameters=count_parameters(original or canonical) - weight.size - bias.size,
+        batchnorms=tuple((bn.weight, bn.bias, canonical.values[bn.weight].size) for bn in kept_bn),
+    )
+
+
+def count_parameters(canonical: Canonical) -> int:
+    """Parameters as PyTorch counts them: running statistics and the zero biases that we added left out."""
+    skipped = {name for bn in canonical.batchnorms for name in (bn.running_mean, bn.running_var)}
+    return sum(v.size for k, v in canonical.values.items() if k not in skipped | canonical.added)
+
+
+def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[str, Floats]:
+    """First values of all trainable tensors: ``lora_b`` zero, ``lora_a`` Kaiming uniform (a = sqrt 5), alpha.
+
+    Tensors that train in full start at their value in ``base``.
+    """
+    values: dict[str, Floats] = {}
+    rng = np.random.default_rng(seed)
+    for adapter in plan.adapters:
+        _, c_in, _, k_w = conv_dims(adapter.weight_shape)
+        bound = 1.0 / math.sqrt(c_in * k_w)
+        shape = (adapter.rank, c_in * k_w)
+        values[adapter.lora_a] = rng.uniform(-bound, bound, shape).astype(np.float32)
+        c_out, _, k_h, _ = conv_dims(adapter.weight_shape)
+        values[adapter.lora_b] = np.zeros((c_out * k_h, adapter.rank), np.float32)
+        if adapter.lora_alpha is not None:
+            values[adapter.lora_alpha] = np.array([adapter.alpha], np.float32)
+    return {t.name: values[t.name] if t.name in values else base[t.name] for t in plan.trainables}
+
+
+def inject(model: ir.Model, plan: Plan, values: dict[str, Floats]) -> None:
+    """Give every adapted convolution of ``model`` its branch, in place; trainable tensors take ``values``.
+
+    Raises ConversionError if a tensor of the plan is not in the graph afterwards.
+    """
+    graph = model.graph
+    nodes = {node.inputs[1].name: node for node in convolutions(graph) if node.inputs[1] is not None}
+    for adapter in plan.adapters:
+        if adapter.weight not in nodes:
+            raise ConversionError(f"no convolution of the graph uses {adapter.weight}; was the graph changed?")
+        _add_branch(graph, nodes[adapter.weight], adapter, values)
+    for trainable in plan.trainables:
+        value = graph.initializers.get(trainable.name)
+        if value is None or array(value) is None:
+            raise ConversionError(f"trainable tensor {trainable.name} is not an initializer of the graph")
+        value.const_value = ir.tensor(values[trainable.name], name=trainable.name)
+
+
+def _add_branch(graph: ir.Graph, conv: ir.Node, adapter: Adapter, values: dict[str, Floats]) -> None:
+    a = constant(graph, adapter.lora_a, values[adapter.lora_a])
+    b = constant(graph, adapter.lora_b, values[adapter.lora_b])
+    product = ir.node("MatMul", [b, a], name=f"{adapter.layer}.lora_product")
+    nodes = [product, *_arrange(graph, product.outputs[0], adapter)]
+    nodes += _scaled(graph, nodes[-1].outputs[0], adapter, values)
+    total = ir.node("Add", [conv.inputs[1], nodes[-1].outputs[0]], name=f"{adapter.layer}.lora_weight")
+    nodes.append(total)
+    for node in nodes:
+        node.outputs[0].name = str(node.name)
+    graph.insert_before(conv, nodes)
+    conv.replace_input_with(1, total.outputs[0])
+
+
+def _arrange(graph: ir.Graph, product: ir.Value, adapter: Adapter) -> list[ir.Node]:
+    """The node form of `lorac_runtime.delta.arrange`; (c_out * k_h, c_in * k_w) -> the weight's shape."""
+    c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
+    shape = constant(graph, f"{adapter.layer}.lora_shape", np.array(adapter.weight_shape, np.int64))
+    if adapter.layout == "paper" or k_h == 1:
+        return [ir.node("Reshape", [product, shape], name=f"{adapter.layer}.lora_arranged")]
+    split = constant(graph, f"{adapter.layer}.lora_split", np.array([c_out, k_h, c_in, k_w], np.int64))
+    first = ir.node("Reshape", [product, split], name=f"{adapter.layer}.lora_rows")
+    swap = ir.node("Transpose", first.outputs, {"perm": [0, 2, 1, 3]}, name=f"{adapter.layer}.lora_arranged")
+    graph.initializers.pop(str(shape.name))
+    return [first, swap]
+
+
+def _scaled(graph: ir.Graph, arranged: ir.Value, adapter: Adapter, values: dict[str, Floats]) -> list[ir.Node]:
+    if adapter.lora_alpha is None:
+        scale = constant(graph, f"{adapter.layer}.lora_scale", np.array(adapter.alpha / adapter.r, np.float32))
+        return [ir.node("Mul", [arranged, scale], name=f"{adapter.layer}.lora_delta")]
+    alpha = constant(graph, adapter.lora_alpha, values[adapter.lora_alpha])
+    inverse = constant(graph, f"{adapter.layer}.lora_inverse_r", np.array([1.0 / adapter.r], np.float32))
+    scale_node = ir.node("Mul", [alpha, inverse], name=f"{adapter.layer}.lora_scale")
+    delta = ir.node("Mul", [arranged, scale_node.outputs[0]], name=f"{adapter.layer}.lora_delta")
+    return [scale_node, delta]
+
+
+def _conv_layer(node: ir.Node) -> ConvLayer:
+    weight, bias = node.inputs[1], node.inputs[2]
+    assert weight is not None
+    assert bias is not None
+    shape = array(weight)
+    if shape is None:
+        raise ConversionError(f"the weight of convolution {node.name} is computed in the graph, not stored")
+    shared = len(weight.uses()) > 1
+    return ConvLayer(
+        name=layer_name(str(weight.name)),
+        weight=str(weight.name),
+        bias=None if shared else str(bias.name),
+        shape=shape.shape,
+        groups=node.attributes.get_int("group", 1),
+        obstacle="its weight is shared with another layer" if shared else None,
+    )
+
+
+def _has_batchnorm_nodes(canonical: Canonical) -> bool:
+    return any(node.op_type == "BatchNormalization" for node in canonical.model.graph)
+
+
+def conv_bias_names(batchnorms: tuple[BatchNorm, ...]) -> set[str]:
+    """Biases of convolutions that a BN follows: under batch statistics they have no effect on the output."""
+    return {bn.folded_into[1] for bn in batchnorms if not bn.affine}

@@ -1,0 +1,206 @@
+"""`export-training-artifact`: from a checkpoint or an ONNX file to the folder a device trains with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lorac_deploy.commands._common import guarded
+from lorac_exporters.artifact import ArtifactConfig, ExportReport
+from lorac_exporters.plan import BIASES, METHODS, SMALL_LAYERS, LoraConfig
+from lorac_exporters.training_ort import OPTIMIZERS
+from lorac_runtime.delta import LAYOUTS, RANK_MODES
+from lorac_runtime.manifest import BN_POLICIES, TrainingDefaults
+
+LORA, TRAINING, ARTIFACT = LoraConfig(), TrainingDefaults(), ArtifactConfig()
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers.
+
+    >>> numbers("0.5,0.25")
+    (0.5, 0.25)
+    """
+    return tuple(float(part) for part in text.split(","))
+
+
+def sizes(text: str) -> tuple[int, int]:
+    """``HEIGHT,WIDTH`` or one number for both.
+
+    >>> sizes("224"), sizes("96,128")
+    ((224, 224), (96, 128))
+    """
+    parts = [int(part) for part in text.split(",")]
+    if len(parts) > 2 or min(parts) < 1:
+        raise ValueError(text)
+    return parts[0], parts[-1]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names.
+
+    >>> names("cat,dog")
+    ('cat', 'dog')
+    """
+    return tuple(part.strip() for part in text.split(","))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; defaults come from the dataclasses that the API takes."""
+    p = argparse.ArgumentParser(
+        prog="export-training-artifact",
+        description="Write a training artifact: base.onnx, what trains it on a device, and the manifest.",
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="folder written by `lorac-deploy train --method full`")
+    source.add_argument("--onnx", type=Path, help="any ONNX CNN classifier")
+    p.add_argument("--out", type=Path, required=True, help="the artifact's folder; an earlier artifact is replaced")
+    p.add_argument("--adapter", type=Path, help="start the device from this adapter, trained in PyTorch")
+    p.add_argument(
+        "--input-uint8", action="store_true", help="put scale/mean/std into the graph: it takes raw uint8 NHWC"
+    )
+    _add_onnx_options(p)
+    _add_method_options(p)
+    _add_training_options(p)
+    return p
+
+
+def _add_onnx_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("what an ONNX file does not say (with --onnx)")
+    g.add_argument(
+        "--num-classes",
+        type=int,
+        help="equal to the graph's output width keeps the head, another number replaces it (default: keep)",
+    )
+    g.add_argument("--class-names", type=names, help="comma-separated, in label order (default: 0,1,2,...)")
+    g.add_argument("--mean", type=numbers, help="per channel, after scaling, e.g. 0.485,0.456,0.406")
+    g.add_argument("--std", type=numbers, help="per channel, after scaling, e.g. 0.229,0.224,0.225")
+    g.add_argument("--scale", type=float, help="factor on the uint8 pixel before mean and std (default: 1/255)")
+    g.add_argument("--size", type=sizes, help="HEIGHT,WIDTH where the file leaves them open")
+
+
+def _add_method_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("what trains")
+    g.add_argument("--method", choices=list(METHODS), default=ARTIFACT.method, help="default: %(default)s")
+    g.add_argument("--rank", type=int, default=LORA.rank, help="nominal rank r (default: %(default)s)")
+    g.add_argument("--alpha", type=float, default=LORA.alpha, help="scale is alpha / rank (default: 2 * rank)")
+    g.add_argument(
+        "--rank-mode",
+        choices=RANK_MODES,
+        default=LORA.rank_mode,
+        help="inner rank r*k_w (rk), r, or by model size (default: %(default)s)",
+    )
+    g.add_argument(
+        "--layout", choices=LAYOUTS, default=LORA.layout, help="how B A becomes a kernel (default: %(default)s)"
+    )
+    g.add_argument("--learnable-alpha", action="store_true", help="train alpha of every adapter too")
+    g.add_argument(
+        "--biases", choices=BIASES, default=LORA.biases, help="biases that train besides (default: %(default)s)"
+    )
+    g.add_argument(
+        "--small-layers",
+        choices=SMALL_LAYERS,
+        default=LORA.small_layers,
+        help="layers whose adapter would not be smaller than the weight (default: %(default)s)",
+    )
+    g.add_argument(
+        "--bn", choices=BN_POLICIES, default=ARTIFACT.bn_policy, help="batch normalisation (default: %(default)s)"
+    )
+    g.add_argument(
+        "--seed", type=int, default=LORA.seed, help="of lora_a's first values and a new head (default: %(default)s)"
+    )
+
+
+def _add_training_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("defaults of the device's training (the device may override all but the first three)")
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default=TRAINING.optimizer, help="default: %(default)s")
+    g.add_argument("--weight-decay", type=float, default=TRAINING.weight_decay, help="default: %(default)s")
+    g.add_argument(
+        "--clip-norm", type=float, default=TRAINING.clip_norm, help="gradient norm, 0 for none (default: %(default)s)"
+    )
+    g.add_argument("--lr", type=float, default=TRAINING.lr, help="peak learning rate (default: %(default)s)")
+    g.add_argument("--epochs", type=int, default=TRAINING.epochs, help="default: %(default)s")
+    g.add_argument("--batch-size", type=int, default=TRAINING.batch_size, help="default: %(default)s")
+    g.add_argument("--warmup", type=float, default=TRAINING.warmup, help="share of all steps (default: %(default)s)")
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.onnx is not None and (args.mean is None or args.std is None):
+        p.error("--onnx needs --mean and --std: the file does not say how its input was normalised")
+    _refuse_idle_options(p, args)
+    console = Console(stderr=True)
+    with console.status("reading the model") as status:
+        report = _export(args, lambda text: status.update(text))
+    _show(report)
+    return 0
+
+
+def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that describe an ONNX file would change nothing beside a checkpoint."""
+    given = [n for n in ("num_classes", "class_names", "mean", "std", "scale", "size") if getattr(args, n) is not None]
+    if args.checkpoint is not None and given:
+        p.error(f"--{given[0].replace('_', '-')} describes an ONNX file; a checkpoint says it itself")
+
+
+def _config(args: argparse.Namespace) -> ArtifactConfig:
+    lora = LoraConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LoraConfig)})
+    stated = [f.name for f in dataclasses.fields(TrainingDefaults) if hasattr(args, f.name)]
+    training = TrainingDefaults(**{name: getattr(args, name) for name in stated})
+    return ArtifactConfig(lora=lora, method=args.method, bn_policy=args.bn, training=training)
+
+
+def _export(args: argparse.Namespace, on_progress: Callable[[str], None]) -> ExportReport:
+    from lorac_deploy.export import PIXEL_SCALE, OnnxSource, export_training_artifact
+
+    source: Path | OnnxSource = args.checkpoint
+    if args.onnx is not None:
+        source = OnnxSource(
+            path=args.onnx,
+            mean=args.mean,
+            std=args.std,
+            scale=PIXEL_SCALE if args.scale is None else args.scale,
+            num_classes=args.num_classes,
+            class_names=args.class_names,
+            size=args.size,
+        )
+    return export_training_artifact(
+        source,
+        args.out,
+        config=_config(args),
+        adapter=args.adapter,
+        input_uint8=args.input_uint8,
+        on_progress=on_progress,
+    )
+
+
+def _show(report: ExportReport) -> None:
+    manifest = report.manifest
+    share = manifest.trained_parameters / manifest.model_parameters
+    table = Table(show_header=False, title=f"training artifact {report.folder}")
+    table.add_row("model", f"{manifest.model}, {manifest.model_parameters:,} parameters")
+    table.add_row(
+        "trains",
+        f"{manifest.trained_parameters:,} parameters ({share:.2%}) by {manifest.method}, BN {manifest.bn_policy}",
+    )
+    table.add_row("adapters", f"{len(manifest.adapters)} convolutions")
+    table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
+    table.add_row(
+        "files",
+        f"{sum(f.nbytes for f in manifest.files.values()) / 1e6:.1f} MB, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB",
+    )
+    console = Console()
+    console.print(table)
+    for change in report.changes:
+        console.print(f"changed: {change}")
+    for layer, reason in report.frozen:
+        console.print(f"frozen: {layer}: {reason}")
+    console.print(f"done in {report.seconds:.1f} s")

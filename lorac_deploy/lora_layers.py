@@ -1,0 +1,172 @@
+"""Convolutions whose weight is used as W + scale * arrange(B A) (LoRA-C, arXiv 2410.16954).
+
+``weight`` and ``bias`` keep their names and their values; ``train()`` and ``eval()`` touch neither. The update
+itself is `lorac_runtime.delta.delta`, so stride, dilation, groups, padding mode and kernel shape need no care.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lorac_runtime.delta import Layout, adapter_shapes, delta
+
+Conv = TypeVar("Conv", nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """Settings of one layer's adapter. ``r`` is the nominal rank in ``scale = alpha / r``, ``rank`` that of B A."""
+
+    r: int
+    rank: int
+    alpha: float
+    layout: Layout
+    learnable_alpha: bool = False
+
+
+class LoraConv(_ConvNd):
+    """What `LoraConv1d` and `LoraConv2d` share; made by `adapt` or ``from_conv``, never by a constructor."""
+
+    lora_a: nn.Parameter  # (rank, c_in/groups * k_w)
+    lora_b: nn.Parameter  # (c_out * k_h, rank)
+    lora_alpha: nn.Parameter | None  # (1,)
+    adapter: LayerAdapter
+
+    def __init__(self, *_: object) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} is made from a convolution: {name}.from_conv(conv, LayerAdapter(...))")
+
+    @property
+    def scale(self) -> float | Tensor:
+        """alpha / r; a tensor (1,) where alpha is learned."""
+        alpha = self.adapter.alpha if self.lora_alpha is None else self.lora_alpha
+        return alpha / self.adapter.r
+
+    def weight_delta(self) -> Tensor:
+        """The update that forward() adds to ``weight``, in the weight's shape."""
+        shape = tuple(self.weight.shape)
+        update: Tensor = delta(self.lora_a, self.lora_b, shape, self.scale, self.adapter.layout)
+        return update
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution with ``weight + weight_delta()``."""
+        conv_forward = cast(Any, self)._conv_forward  # of nn.Conv1d or nn.Conv2d: handles padding modes
+        return cast(Tensor, conv_forward(input, self.weight + self.weight_delta(), self.bias))
+
+    def extra_repr(self) -> str:
+        """The convolution's own settings, then the adapter's."""
+        a = self.adapter
+        return f"{super().extra_repr()}, r={a.r}, rank={a.rank}, alpha={a.alpha:g}, layout={a.layout}"
+
+
+class LoraConv1d(LoraConv, nn.Conv1d):
+    """nn.Conv1d plus ``lora_a`` (rank, c_in/groups * k), ``lora_b`` (c_out, rank), perhaps ``lora_alpha`` (1,).
+
+    >>> layer = LoraConv1d.from_conv(nn.Conv1d(8, 8, 3), LayerAdapter(r=2, rank=2, alpha=4.0, layout="spatial"))
+    >>> layer(torch.zeros(1, 8, 5)).shape
+    torch.Size([1, 8, 3])
+    """
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv1d, adapter: LayerAdapter, *, generator: torch.Generator | None = None
+    ) -> LoraConv1d:
+        """A new layer that shares ``conv``'s parameters; its inverse is `to_conv`."""
+        return cast(LoraConv1d, adapt(_twin(conv), adapter, generator=generator))
+
+    def to_conv(self) -> nn.Conv1d:
+        """A new plain convolution that holds ``weight + weight_delta()``."""
+        return _fused(self)
+
+
+class LoraConv2d(LoraConv, nn.Conv2d):
+    """nn.Conv2d plus ``lora_a`` (rank, c_in/groups * k_w), ``lora_b`` (c_out * k_h, rank), perhaps ``lora_alpha``.
+
+    >>> conv = nn.Conv2d(8, 8, 3)
+    >>> layer = LoraConv2d.from_conv(conv, LayerAdapter(r=2, rank=6, alpha=4.0, layout="spatial"))
+    >>> x = torch.ones(1, 8, 5, 5)
+    >>> torch.equal(layer(x), conv(x)), sorted(layer.state_dict())
+    (True, ['bias', 'lora_a', 'lora_b', 'weight'])
+    """
+
+    @classmethod
+    def from_conv(
+        cls, conv: nn.Conv2d, adapter: LayerAdapter, *, generator: torch.Generator | None = None
+    ) -> LoraConv2d:
+        """A new layer that shares ``conv``'s parameters; its inverse is `to_conv`."""
+        return cast(LoraConv2d, adapt(_twin(conv), adapter, generator=generator))
+
+    def to_conv(self) -> nn.Conv2d:
+        """A new plain convolution that holds ``weight + weight_delta()``."""
+        return _fused(self)
+
+
+ADAPTED: dict[type[_ConvNd], type[LoraConv]] = {nn.Conv1d: LoraConv1d, nn.Conv2d: LoraConv2d}
+
+
+def adapt(
+    conv: nn.Conv1d | nn.Conv2d, adapter: LayerAdapter, *, generator: torch.Generator | None = None
+) -> LoraConv:
+    """Turn ``conv`` into its `LoraConv` class **in place**; `release` undoes it.
+
+    The object stays the same one, so every reference to it, its hooks and its parameters keep working.
+    ``lora_a`` starts uniform within 1/sqrt(c_in/groups * k_w), Kaiming's bound for a = sqrt(5); ``lora_b`` starts
+    at zero, so that nothing changes yet.
+
+    >>> conv = nn.Conv2d(4, 4, 3)
+    >>> adapt(conv, LayerAdapter(r=1, rank=3, alpha=2.0, layout="paper")) is conv
+    True
+
+    Raises TypeError for anything but a plain nn.Conv1d or nn.Conv2d.
+    """
+    if type(conv) not in ADAPTED:
+        raise TypeError(f"only plain nn.Conv1d and nn.Conv2d take an adapter, got {type(conv).__name__}")
+    layer = _recast(conv, ADAPTED[type(conv)])
+    shape_a, shape_b = adapter_shapes(tuple(conv.weight.shape), adapter.rank)
+    bound = 1 / math.sqrt(shape_a[1])
+    lora_a = torch.empty(shape_a).uniform_(-bound, bound, generator=generator)
+    alpha = torch.full((1,), adapter.alpha) if adapter.learnable_alpha else None
+    layer.adapter = adapter
+    layer.lora_a = nn.Parameter(lora_a.to(conv.weight))
+    layer.lora_b = nn.Parameter(torch.zeros(shape_b).to(conv.weight))
+    layer.register_parameter("lora_alpha", None if alpha is None else nn.Parameter(alpha.to(conv.weight)))
+    return layer
+
+
+def release(layer: LoraConv) -> nn.Conv1d | nn.Conv2d:
+    """Turn ``layer`` back into the plain convolution it was, in place; the adapter is gone, the weight untouched.
+
+    >>> conv = nn.Conv2d(4, 4, 3)
+    >>> layer = adapt(conv, LayerAdapter(r=1, rank=3, alpha=2.0, layout="paper"))
+    >>> type(release(layer)), sorted(conv.state_dict())
+    (<class 'torch.nn.modules.conv.Conv2d'>, ['bias', 'weight'])
+    """
+    del layer.lora_a, layer.lora_b, layer.lora_alpha, layer.adapter
+    plain = {lora: plain for plain, lora in ADAPTED.items()}[type(layer)]
+    return cast("nn.Conv1d | nn.Conv2d", _recast(layer, plain))
+
+
+def _recast(module: nn.Module, kind: type[Any]) -> Any:
+    object.__setattr__(module, "__class__", kind)  # allowed: both classes keep all state in __dict__
+    return module
+
+
+def _twin(module: Conv) -> Conv:
+    """Another object of the same class that shares the parameters but not the dictionaries that hold them."""
+    twin = type(module).__new__(type(module))
+    copied = {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()}
+    vars(twin).update(copied)
+    return twin
+
+
+def _fused(layer: LoraConv1d | LoraConv2d) -> Any:
+    conv = _twin(cast(Any, layer))
+    weight = (layer.weight + layer.weight_delta()).detach()
+    conv.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    return release(conv)

@@ -1,0 +1,36 @@
+"""What all tests share. It also serves tests/runtime, so it imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).parent.parent
+REALDATA = ROOT.parent / "shared" / "data"
+
+# Same examples in each run; no deadline, because the machine may be shared.
+settings.register_profile("project", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests on real data, by name, where that folder is absent."""
+    if REALDATA.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("realdata"):
+            item.add_marker(pytest.mark.skip(reason=f"no real data in {REALDATA}"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real data and weights; for tests marked `realdata`."""
+    return REALDATA
