@@ -6,6 +6,7 @@ itself is `lorac_runtime.delta.delta`, so stride, dilation, groups, padding mode
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -62,7 +63,8 @@ class LoraConv(_ConvNd):
     def extra_repr(self) -> str:
         """The convolution's own settings, then the adapter's."""
         a = self.adapter
-        return f"{super().extra_repr()}, r={a.r}, rank={a.rank}, alpha={a.alpha:g}, layout={a.layout}"
+        own = cast(Any, super()).extra_repr()
+        return f"{own}, r={a.r}, rank={a.rank}, alpha={a.alpha:g}, layout={a.layout}"
 
 
 class LoraConv1d(LoraConv, nn.Conv1d):
@@ -82,7 +84,7 @@ class LoraConv1d(LoraConv, nn.Conv1d):
 
     def to_conv(self) -> nn.Conv1d:
         """A new plain convolution that holds ``weight + weight_delta()``."""
-        return _fused(self)
+        return cast(nn.Conv1d, merge(copy.deepcopy(self)))
 
 
 class LoraConv2d(LoraConv, nn.Conv2d):
@@ -104,15 +106,13 @@ class LoraConv2d(LoraConv, nn.Conv2d):
 
     def to_conv(self) -> nn.Conv2d:
         """A new plain convolution that holds ``weight + weight_delta()``."""
-        return _fused(self)
+        return cast(nn.Conv2d, merge(copy.deepcopy(self)))
 
 
 ADAPTED: dict[type[_ConvNd], type[LoraConv]] = {nn.Conv1d: LoraConv1d, nn.Conv2d: LoraConv2d}
 
 
-def adapt(
-    conv: nn.Conv1d | nn.Conv2d, adapter: LayerAdapter, *, generator: torch.Generator | None = None
-) -> LoraConv:
+def adapt(conv: nn.Conv1d | nn.Conv2d, adapter: LayerAdapter, *, generator: torch.Generator | None = None) -> LoraConv:
     """Turn ``conv`` into its `LoraConv` class **in place**; `release` undoes it.
 
     The object stays the same one, so every reference to it, its hooks and its parameters keep working.
@@ -127,7 +127,7 @@ def adapt(
     """
     if type(conv) not in ADAPTED:
         raise TypeError(f"only plain nn.Conv1d and nn.Conv2d take an adapter, got {type(conv).__name__}")
-    layer = _recast(conv, ADAPTED[type(conv)])
+    layer: LoraConv = recast(conv, ADAPTED[type(conv)])
     shape_a, shape_b = adapter_shapes(tuple(conv.weight.shape), adapter.rank)
     bound = 1 / math.sqrt(shape_a[1])
     lora_a = torch.empty(shape_a).uniform_(-bound, bound, generator=generator)
@@ -149,11 +149,28 @@ def release(layer: LoraConv) -> nn.Conv1d | nn.Conv2d:
     """
     del layer.lora_a, layer.lora_b, layer.lora_alpha, layer.adapter
     plain = {lora: plain for plain, lora in ADAPTED.items()}[type(layer)]
-    return cast("nn.Conv1d | nn.Conv2d", _recast(layer, plain))
+    return cast("nn.Conv1d | nn.Conv2d", recast(layer, plain))
 
 
-def _recast(module: nn.Module, kind: type[Any]) -> Any:
-    object.__setattr__(module, "__class__", kind)  # allowed: both classes keep all state in __dict__
+def merge(layer: LoraConv) -> nn.Conv1d | nn.Conv2d:
+    """`release`, but the weight becomes ``weight + weight_delta()``, in place. There is no way back.
+
+    >>> layer = adapt(nn.Conv2d(4, 4, 3), LayerAdapter(r=1, rank=3, alpha=2.0, layout="paper"))
+    >>> type(merge(layer)).__name__
+    'Conv2d'
+    """
+    with torch.no_grad():
+        layer.weight += layer.weight_delta()
+    return release(layer)
+
+
+def recast(module: nn.Module, kind: type[Any]) -> Any:
+    """``module`` itself, its class replaced by a sister class that keeps its state in ``__dict__`` alike.
+
+    >>> type(recast(nn.ReLU(), nn.Identity)).__name__
+    'Identity'
+    """
+    object.__setattr__(module, "__class__", kind)
     return module
 
 
@@ -163,10 +180,3 @@ def _twin(module: Conv) -> Conv:
     copied = {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()}
     vars(twin).update(copied)
     return twin
-
-
-def _fused(layer: LoraConv1d | LoraConv2d) -> Any:
-    conv = _twin(cast(Any, layer))
-    weight = (layer.weight + layer.weight_delta()).detach()
-    conv.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-    return release(conv)

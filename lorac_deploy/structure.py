@@ -1,37 +1,16 @@
-"""What a network consists of, as the methods see it: stem, convolutions, head."""
+"""What a PyTorch network consists of, as the plan sees it: stem, convolutions, head, the rest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lorac_deploy.lora_layers import ADAPTED
-
-
-@dataclass(frozen=True)
-class Network:
-    """A module with the names of its convolutions (in definition order), its stem and its head.
-
-    The stem is the first convolution **in the order of definition**, which is the forward order in the networks
-    of `lorac_deploy.models`; a network that defines its layers in another order names its stem.
-    """
-
-    module: nn.Module
-    convolutions: dict[str, _ConvNd]
-    stem: str | None
-    head: str
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all parameters, each counted once."""
-        return sum(p.numel() for p in self.module.parameters())
-
-    @property
-    def backbone_parameters(self) -> int:
-        """Elements of all parameters but the head's."""
-        return self.parameters - sum(p.numel() for p in self.module.get_submodule(self.head).parameters())
+from lorac_exporters.plan import ConvLayer, Network
+from lorac_runtime.manifest import BnPolicy, Trainable
 
 
 def tensor_name(layer: str, tensor: str) -> str:
@@ -43,24 +22,39 @@ def tensor_name(layer: str, tensor: str) -> str:
     return f"{layer}.{tensor}" if layer else tensor
 
 
-def describe(module: nn.Module, *, stem: str | None = None, head: str | None = None) -> Network:
-    """Find convolutions, stem and head of a network; ``stem`` and ``head`` name them where the rules are wrong.
+def describe(
+    module: nn.Module, *, bn_policy: BnPolicy = "frozen", stem: str | None = None, head: str | None = None
+) -> Network:
+    """The facts about ``module`` that `lorac_exporters.plan` needs; ``stem`` and ``head`` name layers.
+
+    Convolutions come in the order of definition, which is the forward order in the networks of
+    `lorac_deploy.models`. The first is the stem: a network that defines its layers in another order names it.
+    BN scale and shift count as parameters of their own only under the policy ``batch``.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 10))
     >>> found = describe(net)
-    >>> found.stem, found.head, list(found.convolutions)
-    ('0', '3', ['0', '1'])
+    >>> [c.name for c in found.convs], found.head_weight
+    (['0', '1'], ('3.weight', (10, 8)))
 
     Raises ValueError if there is no head, or a given name is not that of a fitting layer.
     """
-    layers = dict(module.named_modules())
-    head_name = find_head(module, head)
-    convolutions = {n: m for n, m in layers.items() if isinstance(m, _ConvNd) and n != head_name}
-    if stem is None:
-        stem = next(iter(convolutions), None)
-    elif stem not in convolutions:
-        raise ValueError(f"stem {stem!r} is not a convolution of this network: {_some(convolutions)}")
-    return Network(module, convolutions, stem, head_name)
+    head = find_head(module, head)
+    convs = _convolutions(module, head, stem)
+    tensors = {t.name: t for t in _tensors(module)}
+    in_head = {name: tensors[name] for leaf in ("weight", "bias") if (name := tensor_name(head, leaf)) in tensors}
+    planned = {c.weight for c in convs if c.obstacle is None} | {c.bias for c in convs if c.obstacle is None}
+    if tensor_name(head, "weight") not in in_head:
+        raise ValueError(f"the weight of head {head!r} is shared with another layer: name another one with head=...")
+    others = [t for name, t in tensors.items() if name not in planned | in_head.keys()]
+    weight, bias = in_head[tensor_name(head, "weight")], in_head.get(tensor_name(head, "bias"))
+    return Network(
+        convs=convs,
+        head_weight=(weight.name, weight.shape),
+        head_bias=(bias.name, bias.shape) if bias else None,
+        backbone_parameters=sum(math.prod(t.shape) for n, t in tensors.items() if n not in in_head),
+        batchnorms=_affine(module) if bn_policy == "batch" else (),
+        others=tuple(t for t in others if not t.role.startswith("bn_")),
+    )
 
 
 def find_head(module: nn.Module, name: str | None = None) -> str:
@@ -73,55 +67,93 @@ def find_head(module: nn.Module, name: str | None = None) -> str:
     """
     layers = dict(module.named_modules())
     candidates = [n for n, m in layers.items() if _can_be_head(m)]
-    if name is not None and name not in candidates:
-        raise ValueError(f"head {name!r} is not a linear layer or 1x1 convolution: {_some(candidates)}")
     if name is not None:
+        if name not in candidates:
+            raise ValueError(f"head {name!r} is not a linear layer or 1x1 convolution: {_some(candidates)}")
         return name
     linear = [n for n in candidates if isinstance(layers[n], nn.Linear)]
-    convolutions = [n for n, m in layers.items() if isinstance(m, _ConvNd)]
-    if linear or (convolutions and convolutions[-1] in candidates):
-        return linear[-1] if linear else convolutions[-1]
-    raise ValueError(
-        "this network ends neither in a linear layer nor in a 1x1 convolution, so its head cannot be found: "
-        f"name the classifying layer with head=...; {_some(candidates)}"
+    last_conv = [n for n, m in layers.items() if isinstance(m, _ConvNd)][-1:]
+    found = linear[-1:] or [n for n in last_conv if n in candidates]
+    if not found:
+        raise ValueError(
+            "this network ends neither in a linear layer nor in a 1x1 convolution, so its head cannot be found: "
+            f"name the classifying layer with head=...; {_some(candidates)}"
+        )
+    head: str = found[0]
+    return head
+
+
+def _convolutions(module: nn.Module, head: str, stem: str | None) -> tuple[ConvLayer, ...]:
+    found = {n: m for n, m in module.named_modules() if isinstance(m, _ConvNd) and n != head}
+    if stem is not None and stem not in found:
+        raise ValueError(f"stem {stem!r} is not a convolution of this network: {_some(list(found))}")
+    names = list(found) if stem is None else [stem, *(n for n in found if n != stem)]
+    shared = shared_weights(module)
+    return tuple(
+        ConvLayer(
+            name=name,
+            weight=tensor_name(name, "weight"),
+            bias=None if conv.bias is None else tensor_name(name, "bias"),
+            shape=tuple(conv.weight.shape),
+            groups=conv.groups,
+            obstacle=_untrainable(conv, shared.get(name, [])) or (_unadaptable(conv) if index else None),
+        )
+        for index, (name, conv) in enumerate((name, found[name]) for name in names)
     )
 
 
-def unadaptable(network: Network) -> dict[str, str]:
-    """The convolutions that cannot hold an adapter, each with the reason.
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2), nn.Flatten(), nn.Linear(8, 10))
-    >>> unadaptable(describe(net))
-    {'1': 'transposed convolutions take no adapter'}
-    """
-    owners: dict[int, list[str]] = {}
-    for name, module in network.module.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    reasons = {name: _reason(name, conv, owners) for name, conv in network.convolutions.items()}
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
-def _reason(name: str, conv: _ConvNd, owners: dict[int, list[str]]) -> str | None:
+def _untrainable(conv: _ConvNd, sharers: list[str]) -> str | None:
     if "weight" not in conv._parameters:
-        return "its weight is computed by a parametrization, which an adapter would bypass"
-    others = [n for n in owners[id(conv.weight)] if n != name]
-    if others:
-        return f"its weight is shared with {', '.join(others)}"
+        return "its weight is computed by a parametrization or hook"
+    return f"its weight is shared with {', '.join(sharers)}" if sharers else None
+
+
+def _unadaptable(conv: _ConvNd) -> str | None:
     if isinstance(conv, _ConvTransposeNd):
         return "transposed convolutions take no adapter"
     if type(conv) not in ADAPTED:
-        return f"{type(conv).__name__} takes no adapter: only plain nn.Conv1d and nn.Conv2d do"
+        return f"{type(conv).__name__} takes no adapter, only plain nn.Conv1d and nn.Conv2d do"
     return None
 
 
+def shared_weights(module: nn.Module) -> dict[str, list[str]]:
+    """Layer -> other layers that use its weight.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    >>> net[1].weight = net[0].weight
+    >>> shared_weights(net)
+    {'0': ['1'], '1': ['0']}
+    """
+    users: dict[int, list[str]] = {}
+    for name, part in module.named_modules():
+        if part._parameters.get("weight") is not None:
+            users.setdefault(id(part.weight), []).append(name)
+    return {name: [n for n in group if n != name] for group in users.values() for name in group}
+
+
+def _tensors(module: nn.Module) -> list[Trainable]:
+    """All parameters, each under its first name."""
+    return [
+        Trainable(name, tuple(parameter.shape), _role(module.get_submodule(name.rpartition(".")[0]), name))
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def _role(owner: nn.Module, name: str) -> str:
+    role = "bias" if name.endswith("bias") else "weight"
+    return f"bn_{role}" if isinstance(owner, _BatchNorm) else role
+
+
+def _affine(module: nn.Module) -> tuple[tuple[str, str, int], ...]:
+    layers = ((n, m) for n, m in module.named_modules() if isinstance(m, _BatchNorm) and m.affine)
+    return tuple((tensor_name(n, "weight"), tensor_name(n, "bias"), m.num_features) for n, m in layers)
+
+
 def _can_be_head(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, nn.Conv1d | nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
-    )
+    pointwise = isinstance(module, nn.Conv1d | nn.Conv2d) and set(module.kernel_size) == {1} and module.groups == 1
+    return (isinstance(module, nn.Linear) or pointwise) and "weight" in module._parameters
 
 
-def _some(names: dict[str, _ConvNd] | list[str]) -> str:
-    listed = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
-    return f"candidates are {listed}" if names else "it has no candidate"
+def _some(names: list[str]) -> str:
+    text = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"candidates are {text}" if names else "it has no candidate"

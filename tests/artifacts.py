@@ -67,7 +67,8 @@ class Recipe:
     in_graph: bool = False
     seed: int = 0
     momentum: float = 0.1
-    training: TrainingDefaults = TrainingDefaults(epochs=3, batch_size=8)
+    epochs: int = 3
+    batch_size: int = 8
 
 
 def numbers(seed: int) -> Arrays:
@@ -189,9 +190,7 @@ def _network(values: Arrays, recipe: Recipe, *, bn: str, adapters: bool) -> tupl
         square = g.add("Mul", [centred, centred], f"{name}_square")
         var = g.add("ReduceMean", [square, axes], f"{name}_var", keepdims=1)
         for value, what in ((mean, "batch_mean"), (var, "batch_var")):
-            extra.append(
-                g.add("Reshape", [value, g.const("flat", np.array([-1], np.int64))], f"{name}.{what}")
-            )
+            extra.append(g.add("Reshape", [value, g.const("flat", np.array([-1], np.int64))], f"{name}.{what}"))
         sigma = g.add("Sqrt", [g.add("Add", [var, g.const("eps", np.float32(EPS))], f"{name}_ve")], f"{name}_s")
         column = g.const("column", np.array([1, -1, 1, 1], np.int64))
         gamma = g.add("Reshape", [f"{name}.weight", column], f"{name}_g")
@@ -307,9 +306,7 @@ def _coordinates(recipe: Recipe) -> str:
     return "unfolded" if recipe.bn_policy == "batch" else "folded"
 
 
-def _manifest(
-    folder: Path, recipe: Recipe, start: Arrays, folded: Arrays, engine_files: tuple[str, ...]
-) -> Manifest:
+def _manifest(folder: Path, recipe: Recipe, start: Arrays, folded: Arrays, engine_files: tuple[str, ...]) -> Manifest:
     base = (folder / "base.onnx").read_bytes()
     changing = ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight", "fc.bias"]
     if recipe.bn_policy != "frozen":
@@ -327,11 +324,12 @@ def _manifest(
         adapters=tuple(_adapter(name) for name in ADAPTED),
         trainables=tuple(Trainable(k, v.shape, k.rsplit(".", 1)[1]) for k, v in start.items()),
         batchnorms=tuple(_batchnorm(name, recipe.momentum) for name in BNS),
-        training=dataclasses.replace(
-            recipe.training,
+        training=TrainingDefaults(
             optimizer=recipe.optimizer,
             clip_norm=recipe.clip_norm,
             weight_decay=recipe.weight_decay,
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
         ),
         files={n: _entry(folder / n) for n in names},
         patches=tuple(_patch(base, name, folded[name]) for name in changing),

@@ -19,17 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import safetensors.numpy
-from lorac_exporters.canonical import Canonical
-from lorac_exporters.patch_table import patch_table
-from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
 
 from lorac_exporters import training_ort
 from lorac_exporters.bn_tensors import batchnorm_tensors
+from lorac_exporters.canonical import Canonical
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
+from lorac_exporters.patch_table import patch_table
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.statistics_graph import statistics_graph
 from lorac_runtime import manifest as mf
+from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
 from lorac_runtime.errors import AdapterError, OutputError
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from lorac_runtime.folding import fold_factor
 
+from lorac_runtime.folding import fold_factor
 from lorac_runtime.manifest import BatchNorm
 
 Array = npt.NDArray[np.generic]

@@ -7,13 +7,13 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from lorac_exporters.canonical import Canonical, canonicalize
-from lorac_exporters.preprocessing import add_preprocessing
-from lorac_exporters.rewrites import rewrite_for_training
 
 from lorac_exporters import preflight, training_ort
+from lorac_exporters.canonical import Canonical, canonicalize
 from lorac_exporters.inject import conv_bias_names, describe, inject
 from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
+from lorac_exporters.preprocessing import add_preprocessing
+from lorac_exporters.rewrites import rewrite_for_training
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import BnPolicy, InputSpec
 

@@ -11,10 +11,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from lorac_exporters.canonical import Canonical
-from lorac_exporters.heads import find_head
 
+from lorac_exporters.canonical import Canonical
 from lorac_exporters.graph_tools import array, constant, convolutions, layer_name
+from lorac_exporters.heads import find_head
 from lorac_exporters.plan import ConvLayer, Network, Plan
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import ConversionError

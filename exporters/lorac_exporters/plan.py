@@ -23,8 +23,8 @@ from lorac_runtime.manifest import Adapter, Trainable
 
 Biases = Literal["none", "head", "all"]
 BIASES: tuple[Biases, ...] = ("none", "head", "all")
-SmallLayers = Literal["frozen", "full"]
-SMALL_LAYERS: tuple[SmallLayers, ...] = ("frozen", "full")
+SmallLayers = Literal["frozen", "full", "adapter"]
+SMALL_LAYERS: tuple[SmallLayers, ...] = ("frozen", "full", "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class LoraConfig:
     """How adapters are made. ``alpha`` None means 2 * rank, the paper's best ratio.
 
     ``biases``: which biases train besides ("none" as the paper counts, "head", or "all": the head's and every
-    convolution's). ``small_layers``: what becomes of a layer whose adapter would not be smaller than its weight.
+    convolution's). ``small_layers``: what becomes of a layer whose adapter would not be smaller than its weight;
+    "adapter" gives it one all the same, as the paper's counts for r >= 32 do.
 
     Raises ValueError for a value out of range.
     """
@@ -79,7 +80,8 @@ class Network:
 
     ``head_weight``/``head_bias`` name the classifier's tensors (bias None where there is none).
     ``batchnorms`` maps the affine tensors that are parameters of their own (unfolded BN) to their lengths, as
-    (weight, bias, length). ``backbone_parameters`` counts the original network without its head.
+    (weight, bias, length). ``backbone_parameters`` counts the original network without its head. ``others``
+    are parameters of other kinds of layers, which only full fine-tuning trains.
     """
 
     convs: tuple[ConvLayer, ...]
@@ -87,6 +89,7 @@ class Network:
     head_bias: tuple[str, tuple[int, ...]] | None
     backbone_parameters: int
     batchnorms: tuple[tuple[str, str, int], ...] = ()
+    others: tuple[Trainable, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,7 @@ def plan_lora_c(network: Network, config: LoraConfig) -> Plan:
             trainables.append(Trainable(conv.weight, conv.shape, "weight"))
         elif adapter is None:
             frozen.append((conv.name, conv.obstacle or ""))
-        elif is_smaller_than_weight(conv.shape, adapter.rank):
+        elif config.small_layers == "adapter" or is_smaller_than_weight(conv.shape, adapter.rank):
             adapters.append(adapter)
             trainables += _adapter_tensors(adapter)
         elif config.small_layers == "full":
@@ -141,15 +144,17 @@ def plan_head(network: Network, config: LoraConfig) -> Plan:
 
 
 def plan_full(network: Network, config: LoraConfig) -> Plan:
-    """Every convolution's weight and bias, the head, and BN affine tensors where BN was not folded."""
+    """Every parameter: convolutions, the head, other layers, and BN affine tensors where BN was not folded."""
     del config
     usable = [c for c in network.convs if c.weight != network.head_weight[0]]
     trainables = [Trainable(c.weight, c.shape, "weight") for c in usable if c.obstacle is None]
-    trainables += _conv_biases(network)
+    trainables += [*_conv_biases(network), *network.others]
     for weight, bias, length in network.batchnorms:
         trainables += [Trainable(weight, (length,), "bn_weight"), Trainable(bias, (length,), "bn_bias")]
     trainables += _head(network, with_bias=True)
-    return Plan("full", (), tuple(trainables), tuple((c.name, c.obstacle) for c in usable if c.obstacle))
+    trained = {t.name for t in trainables}
+    frozen = tuple((c.name, c.obstacle) for c in usable if c.obstacle and c.weight not in trained)
+    return Plan("full", (), tuple(trainables), frozen)
 
 
 METHODS: dict[str, Planner] = {"lora-c": plan_lora_c, "head": plan_head, "full": plan_full}

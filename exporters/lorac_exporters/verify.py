@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from lorac_exporters.canonical import canonicalize
-from lorac_exporters.onnx_file import read_graph
-from lorac_runtime.adapter import check_adapter, load_adapter
 
 from lorac_exporters import dropin
+from lorac_exporters.canonical import canonicalize
 from lorac_exporters.dropin import Check, DropinReport
+from lorac_exporters.onnx_file import read_graph
 from lorac_runtime import manifest as mf
+from lorac_runtime.adapter import check_adapter, load_adapter
 from lorac_runtime.engines import open_engine
 from lorac_runtime.errors import ArtifactError, ConversionError
 

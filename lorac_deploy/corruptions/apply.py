@@ -86,5 +86,5 @@ def _check(images: npt.NDArray[Any], name: str, severity: int) -> None:
         raise ValueError(f"severity must be a whole number from 1 to 5, got {severity!r}")
     if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
         raise ValueError(f"images must have the shape (n, height, width, 1 or 3), got {images.shape}")

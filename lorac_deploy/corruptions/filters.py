@@ -5,12 +5,12 @@ Images here are float arrays (height, width, channels); lengths are in pixels.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Image = npt.NDArray[np.floating[Any]]
+Image = npt.NDArray[np.float64]
 PadMode = Literal["edge", "reflect", "symmetric"]
 
 

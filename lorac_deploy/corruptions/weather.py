@@ -6,7 +6,6 @@ Each takes one image (height, width, channels) in [0, 1] and a severity 1..5.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from lorac_deploy.corruptions import filters
 from lorac_deploy.corruptions.filters import Image
@@ -44,7 +43,7 @@ def brightness(image: Image, severity: int, _rng: np.random.Generator) -> Image:
     value = image.max(axis=2, keepdims=True)
     raised = np.clip(value + (0.05, 0.10, 0.15, 0.20, 0.30)[severity - 1], 0, 1)
     ratio = np.divide(raised, value, out=np.zeros_like(value), where=value > 0)
-    return np.where(value > 0, image * ratio, raised)
+    return np.asarray(np.where(value > 0, image * ratio, raised))
 
 
 def grey(image: Image) -> Image:
@@ -69,7 +68,7 @@ def plasma(size: int, decay: float, rng: np.random.Generator) -> Image:
     return np.asarray((field - field.min()) / np.ptp(field))
 
 
-def _midpoints(field: npt.NDArray[np.float64], step: int, swing: float, rng: np.random.Generator) -> None:
+def _midpoints(field: Image, step: int, swing: float, rng: np.random.Generator) -> None:
     """One level: first the middles of the squares, then the middles of their sides, each its mean + noise."""
     half = step // 2
     corners = field[::step, ::step]
@@ -83,6 +82,6 @@ def _midpoints(field: npt.NDArray[np.float64], step: int, swing: float, rng: np.
     field[half::step, ::step] = left / 4 + _noise(swing, left.shape, rng)
 
 
-def _noise(swing: float, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:
+def _noise(swing: float, shape: tuple[int, ...], rng: np.random.Generator) -> Image:
     """Uniform noise; the published amplitude is the square of the swing."""
     return rng.uniform(-(swing**2), swing**2, shape)

@@ -196,7 +196,7 @@ def parse(text: str, where: str = FILE_NAME) -> Manifest:
     """
     try:
         raw: Any = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # ValueError: also an integer of thousands of digits
         raise ArtifactError(f"{where} is not valid JSON ({err}); export the artifact again.") from err
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
@@ -246,17 +246,25 @@ def verify_files(folder: Path, manifest: Manifest, names: tuple[str, ...] | None
     """
     problems = []
     for name in manifest.files if names is None else names:
-        entry, path = manifest.files[name], folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry.nbytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry.nbytes}")
-        elif sha256(path) != entry.sha256:
-            problems.append(f"{name} was altered: its sha256 is not the one in the manifest")
+        problem = _file_problem(folder / name, manifest.files[name])
+        problems += [f"{name} {problem}"] if problem else []
     if problems:
         raise ArtifactError(
             listed(f"{folder} is damaged or mixed from two exports; copy or export it again:", problems)
         )
+
+
+def _file_problem(path: Path, entry: FileEntry) -> str:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != entry.nbytes:
+            return f"has {path.stat().st_size} bytes, expected {entry.nbytes}"
+        if sha256(path) != entry.sha256:
+            return "was altered: its sha256 is not the one in the manifest"
+    except OSError as err:
+        return f"cannot be read: {err.strerror}"
+    return ""
 
 
 def _contradictions(m: Manifest) -> list[str]:
@@ -319,6 +327,8 @@ def _patch_problems(p: Patch, files: dict[str, FileEntry]) -> list[str]:
         return [f"{where}: {p.file} is not in files"]
     if p.dtype != "float32" or any(d < 1 for d in p.shape) or p.nbytes != 4 * math.prod(p.shape):
         return [f"{where}: {p.nbytes} bytes of {p.dtype} do not hold shape {p.shape}"]
+    if p.permute is not None and sorted(p.permute) != list(range(len(p.shape))):
+        return [f"{where}: permute {p.permute} is not an order of the {len(p.shape)} axes"]
     if p.offset < 0 or p.offset + p.nbytes > files[p.file].nbytes:
         return [f"{where}: bytes {p.offset}..{p.offset + p.nbytes} lie outside {p.file}"]
     return []

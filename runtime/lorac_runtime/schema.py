@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-_SCALARS = {str: "text", bool: "true or false", int: "an integer", float: "a number"}
+_SCALARS = {str: "text", bool: "true or false", int: "an integer", float: "a finite number"}
 
 
 def decode(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
@@ -38,9 +39,10 @@ def _not_none(options: tuple[Any, ...]) -> Any:
 
 
 def _scalar(kind: type, value: Any, where: str, problems: list[str]) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:  # neither NaN, nor infinite, nor an integer beyond all floats
+            return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     problems.append(f"{where}: expected {_SCALARS[kind]}, got {_short(value)}")
     return None

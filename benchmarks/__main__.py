@@ -1,0 +1,27 @@
+"""``python -m benchmarks NAME [OPTIONS]``: one module answers one question."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
+    "fusing": "time of fusing a ResNet-18 beyond reading and writing the file",
+    "footprint": "installed size of the device's environment and peak memory of a fine-tuning",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the named benchmark with the rest of the arguments."""
+    if not argv or argv[0] not in BENCHMARKS:
+        print("usage: python -m benchmarks NAME [OPTIONS]\n")
+        print("\n".join(f"  {name:12} {what}" for name, what in BENCHMARKS.items()))
+        return 0 if argv in ([], ["-h"], ["--help"]) else 2
+    module = importlib.import_module(f"benchmarks.{argv[0]}")
+    status: int = module.main(argv[1:])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Batches of normalised images. Order and augmentation of an epoch depend on (seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lorac_deploy.data import Dataset
+from lorac_deploy.train_config import Augment
+from lorac_runtime.data import preprocess
+from lorac_runtime.manifest import InputSpec
+
+Batch = tuple[Tensor, Tensor]  # images float32 (n, C, H, W), labels int64 (n,)
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """Number of batches of at most ``batch_size``.
+
+    >>> batch_count(10, 4)
+    3
+    """
+    return -(-samples // batch_size)
+
+
+def training_batches(
+    dataset: Dataset, spec: InputSpec, *, batch_size: int, augment: Augment, seed: int, epoch: int
+) -> Iterator[Batch]:
+    """One epoch in random order. Batches differ by at most one image: none is so small that its statistics fail."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(dataset))
+    for indices in np.array_split(order, batch_count(len(dataset), batch_size)):
+        images = augmented(dataset.images[indices], augment, rng)
+        yield _tensors(images, spec), torch.from_numpy(dataset.labels[indices])
+
+
+def ordered_batches(dataset: Dataset, spec: InputSpec, batch_size: int) -> Iterator[Batch]:
+    """All images as they are, in order, for evaluation; batches differ by at most one image."""
+    for indices in np.array_split(np.arange(len(dataset)), batch_count(len(dataset), batch_size)):
+        yield _tensors(dataset.images[indices], spec), torch.from_numpy(dataset.labels[indices])
+
+
+def augmented(images: npt.NDArray[np.uint8], augment: Augment, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Randomly shifted (black moves in) and, with ``crop-flip``, mirrored copies of images (n, h, w, c).
+
+    >>> augmented(np.ones((1, 8, 8, 1), np.uint8), "crop", np.random.default_rng(0)).shape
+    (1, 8, 8, 1)
+    """
+    if augment == "none":
+        return images
+    count, height, width = images.shape[:3]
+    reach = np.array([height, width]) // 8
+    padded = np.pad(images, ((0, 0), (reach[0], reach[0]), (reach[1], reach[1]), (0, 0)))
+    corners = rng.integers(0, 2 * reach + 1, (count, 2))
+    moved = np.stack([p[y : y + height, x : x + width] for p, (y, x) in zip(padded, corners, strict=True)])
+    if augment == "crop-flip":
+        mirrored = rng.random(count) < 0.5
+        moved[mirrored] = moved[mirrored, :, ::-1]
+    return moved
+
+
+def _tensors(images: npt.NDArray[np.uint8], spec: InputSpec) -> Tensor:
+    """Normalised, channels last in memory: a sixth faster on a CPU (ResNet-18, 32 x 32, batch 32)."""
+    return torch.from_numpy(preprocess(images, spec)).contiguous(memory_format=torch.channels_last)

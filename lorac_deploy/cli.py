@@ -1,0 +1,60 @@
+"""`lorac-deploy`: one command, one module per sub-command. A sub-command's imports happen when it is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: a module with ``main(argv) -> int``, and one line about it."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "lorac_deploy.commands.train", "train or fine-tune a CNN in PyTorch: all of it, its head, or LoRA-C adapters"
+    ),
+    "export-training-artifact": Command(
+        "lorac_deploy.commands.export_training_artifact", "write the folder that a device trains with"
+    ),
+    "verify": Command("lorac_deploy.commands.verify", "check that a fused file is a drop-in for its base"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options before the sub-command's name; the rest is left to the sub-command.
+
+    >>> parser().parse_args(["train", "--data", "digits"]).arguments
+    ['--data', 'digits']
+    """
+    lines = [f"  {name:26}{command.summary}" for name, command in COMMANDS.items()]
+    p = argparse.ArgumentParser(
+        prog="lorac-deploy",
+        description="LoRA-C for CNNs: train in PyTorch, export a training artifact, check the fused result.",
+        epilog="\n".join(["commands:", *lines, "", "`lorac-deploy COMMAND --help` lists a command's options."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--version", action="version", version=f"lorac-deploy {version('lorac-deploy')}")
+    p.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help="one of the commands below")
+    p.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns its exit status (0 done, 1 failed, 2 wrong command line)."""
+    args = parser().parse_args(argv)
+    module = importlib.import_module(COMMANDS[args.command].module)
+    status: int = module.main(args.arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Labelled images for training in PyTorch: data sets by name, `.npz` files, class folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from lorac_deploy._sources import NAMED, SPLITS, Pixels, Request, Split, folder_splits, read, resized
+from lorac_runtime.data import stratified_split
+from lorac_runtime.errors import DataError
+from lorac_runtime.manifest import InputSpec
+
+DATA_NAMES: tuple[str, ...] = tuple(NAMED)
+DIGITS_SIZE = (32, 32)  # stored at 8 x 8
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of pixel / 255
+NORMALIZATIONS: dict[str, Statistics] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``images`` uint8 (n, height, width, 1 or 3); ``labels`` int64 (n,), numbers of ``class_names``.
+
+    Raises DataError where these do not fit together.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] not in (1, 3):
+            found = f"{self.images.dtype} {self.images.shape}"
+            raise DataError(f"images must be uint8 (n, height, width, 1 or 3), got {found}")
+        if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
+            found = f"{self.labels.dtype} {self.labels.shape}"
+            raise DataError(f"{len(self.images)} images need as many int64 labels, got {found}")
+        last = len(self.class_names) - 1
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() <= last:
+            raise DataError(f"labels must be 0 to {last}, got {self.labels.min()} to {self.labels.max()}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width), as `InputSpec` has it."""
+        height, width, channels = self.images.shape[1:]
+        return channels, height, width
+
+    def select(self, indices: npt.NDArray[Any]) -> Dataset:
+        """The images at ``indices``, in that order.
+
+        >>> both = Dataset(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), ("a", "b"))
+        >>> both.select(np.array([1])).labels.tolist()
+        [1]
+        """
+        return Dataset(self.images[indices], self.labels[indices], self.class_names)
+
+
+def load_dataset(
+    name_or_path: str | Path,
+    *,
+    split: Split = "train",
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    root: Path | None = None,
+    download: bool = False,
+) -> Dataset:
+    """Read labelled images.
+
+    ``name_or_path`` is ``digits`` (scikit-learn's handwritten digits: 70 % of each class to train, 30 % to test,
+    always the same ones), ``cifar10`` or ``cifar100`` (torchvision's files in the folder ``root``, fetched there
+    with ``download``), an ``.npz`` file (``images`` uint8 NHWC, NCHW or NHW, ``labels`` integers), or a folder with
+    one sub-folder of image files per class, perhaps below ``train/`` and ``test/``. ``size`` is (height, width):
+    images are stretched to it (None: as stored; digits 32 x 32).
+
+    Raises DataError for what cannot be read, ValueError for arguments outside their range.
+
+    >>> digits = load_dataset("digits")
+    >>> digits.shape, len(digits), len(load_dataset("digits", split="test"))
+    ((3, 32, 32), 1258, 539)
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be positive, got {size}")
+    if size is None and name_or_path == "digits":
+        size = DIGITS_SIZE
+    raw = read(Request(str(name_or_path), split, size, channels, root, download))
+    if not len(raw.images):
+        raise DataError(f"{name_or_path} holds no images")
+    return Dataset(_fit(raw.images, size, channels), raw.labels, raw.class_names)
+
+
+def has_test_split(name_or_path: str | Path) -> bool:
+    """Whether ``load_dataset(..., split="test")`` has something to read: named data sets and ``test/`` folders.
+
+    >>> has_test_split("digits"), has_test_split("local.npz")
+    (True, False)
+    """
+    return str(name_or_path) in NAMED or "test" in folder_splits(Path(name_or_path))
+
+
+def input_spec(images: npt.NDArray[np.uint8], normalization: str = "data") -> InputSpec:
+    """How a network is to see images of this shape: pixels / 255, then a mean and a std per channel.
+
+    ``normalization`` is one of `NORMALIZATIONS`, or ``data`` for the statistics of ``images`` (n, h, w, c).
+
+    >>> input_spec(np.array([[[[0]]], [[[255]]]], np.uint8)).mean
+    (0.5,)
+
+    Raises ValueError for another name, or a named one with images of one channel.
+    """
+    height, width, channels = images.shape[1:]
+    if normalization == "data":
+        mean, std = _statistics(images)
+    elif normalization in NORMALIZATIONS and channels == 3:
+        mean, std = NORMALIZATIONS[normalization]
+    else:
+        known = ", ".join(["data", *NORMALIZATIONS])
+        raise ValueError(
+            f"normalization {normalization!r} does not serve images of {channels} channels; there are {known}, "
+            "and with one channel only data"
+        )
+    return InputSpec(name="input", shape=(channels, height, width), scale=1 / 255, mean=mean, std=std)
+
+
+def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(training part, validation part): ``fraction`` of every class held out, always the same for a ``seed``.
+
+    Raises ValueError for a fraction outside [0, 1), DataError where there are too few images.
+    """
+    train, held_out = stratified_split(dataset.labels, fraction, seed)
+    return dataset.select(train), dataset.select(held_out)
+
+
+def _statistics(images: npt.NDArray[np.uint8]) -> Statistics:
+    """Mean and standard deviation of each channel, from its histogram: exact, and small in memory."""
+    values = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(images.shape[3]):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        mean.append(float(share @ values))
+        variance = float(share @ (values - mean[-1]) ** 2)
+        std.append(max(variance**0.5, 1 / 255))  # a channel that never changes cannot be divided by its spread
+    return tuple(round(m, 6) for m in mean), tuple(round(s, 6) for s in std)
+
+
+def _fit(
+    images: Sequence[Pixels] | npt.NDArray[np.uint8], size: tuple[int, int] | None, channels: int
+) -> npt.NDArray[np.uint8]:
+    """Stack images at one size and number of channels."""
+    found = sorted({image.shape[:2] for image in images})
+    if size is None and len(found) > 1:
+        shown = ", ".join(f"{height} x {width}" for height, width in found[:3])
+        raise DataError(f"the images have different sizes ({shown}, ...): say to which they shall be resized (--size)")
+    wanted = (*(size or found[0]), channels)
+    if isinstance(images, np.ndarray) and images.shape[1:] == wanted:
+        return np.ascontiguousarray(images)
+    return np.stack([image if image.shape == wanted else _fit_one(image, wanted) for image in images])
+
+
+def _fit_one(image: Pixels, wanted: tuple[int, ...]) -> Pixels:
+    picture = PIL.Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    picture = resized(picture, (wanted[0], wanted[1])).convert("L" if wanted[2] == 1 else "RGB")
+    return np.asarray(picture, np.uint8).reshape(wanted)

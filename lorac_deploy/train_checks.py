@@ -1,0 +1,80 @@
+"""Questions asked before training starts: do network, data and settings fit, and which run is this?"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+import numpy as np
+import torch
+from torch import nn
+
+from lorac_deploy.batches import ordered_batches
+from lorac_deploy.data import Dataset
+from lorac_deploy.lora import LoraConfig
+from lorac_deploy.train_config import TrainConfig
+from lorac_runtime.data import LocalData, fingerprint
+from lorac_runtime.errors import ConversionError, DataError
+from lorac_runtime.manifest import InputSpec
+
+
+def require_fit(module: nn.Module, dataset: Dataset, spec: InputSpec) -> None:
+    """Raise where the network cannot be trained on these images.
+
+    Raises DataError for too few classes or images of another shape; ConversionError if the network cannot process
+    an image; ValueError if its outputs are not the classes.
+    """
+    if len(np.unique(dataset.labels)) < 2:
+        raise DataError(
+            f"{len(dataset)} images of {len(np.unique(dataset.labels))} class cannot train a classifier: it would "
+            "learn to always give one answer. Give images of at least two classes"
+        )
+    if dataset.shape != spec.shape:
+        raise DataError(f"the images are {dataset.shape} (channels, height, width), the network takes {spec.shape}")
+    outputs = _outputs(module, dataset, spec)
+    if outputs != len(dataset.class_names):
+        raise ValueError(f"the network has {outputs} outputs, the data {len(dataset.class_names)} classes")
+
+
+def require_batches(samples: int, steps: int, config: TrainConfig) -> None:
+    """Raise ValueError if batch statistics would be taken of single images."""
+    if config.bn_policy == "batch" and samples // steps < 2:
+        raise ValueError(
+            f"{samples} training images in batches of {config.batch_size} leave one image alone, whose batch "
+            "statistics mean nothing: choose batches of 2 or more, or another BN policy"
+        )
+
+
+def identity(
+    module: nn.Module, dataset: Dataset, spec: InputSpec, *, method: str, config: TrainConfig, lora: LoraConfig
+) -> dict[str, str]:
+    """What makes a run this run, as text by name. The number of threads is left out, it may change."""
+    facts = {"method": method, "input": repr(spec), "classes": ", ".join(dataset.class_names)}
+    facts |= {name: repr(value) for name, value in dataclasses.asdict(config).items() if name != "threads"}
+    facts |= {f"lora_{name}": repr(value) for name, value in dataclasses.asdict(lora).items()}
+    facts["images"] = fingerprint(LocalData(dataset.images, dataset.labels))[:16]
+    facts["starting weights"] = _digest(module)[:16]
+    return facts
+
+
+def _outputs(module: nn.Module, dataset: Dataset, spec: InputSpec) -> int:
+    training = module.training
+    images, _ = next(ordered_batches(dataset.select(np.arange(1)), spec, 1))
+    try:
+        with torch.no_grad():
+            logits = module.eval()(images)
+    except RuntimeError as err:
+        raise ConversionError(
+            f"the network cannot process images of {dataset.shape} (channels, height, width): {err}"
+        ) from err
+    finally:
+        module.train(training)
+    return int(logits.shape[1])
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(np.ascontiguousarray(value.detach().numpy()).data)
+    return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""The command line of the device: ``python runtime/ort_finetune.py`` or ``lorac-finetune``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO, get_args, get_type_hints
+
+from lorac_runtime import resume
+from lorac_runtime.config import FinetuneConfig
+from lorac_runtime.errors import LoracDeployError
+from lorac_runtime.report import FinetuneReport
+from lorac_runtime.session import Progress, finetune
+
+DESCRIPTION = (
+    "Fine-tune the model of a training artifact on local images and write OUT/adapter.safetensors, OUT/fused.onnx "
+    "(the base file with other numbers in some weights) and OUT/report.json. A run that was interrupted goes on "
+    "after its last whole epoch when the same command is given again; a finished one is not repeated. With other "
+    "images, another artifact or other settings the folder is refused, unless --restart begins anew."
+)
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; its options are the fields of `FinetuneConfig` and a few files."""
+    made = argparse.ArgumentParser(prog="lorac-finetune", description=DESCRIPTION)
+    made.add_argument("artifact", type=Path, help="folder that export-training-artifact wrote")
+    made.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help=".npz file with images (uint8) and labels, or a folder with one sub-folder of images per class",
+    )
+    made.add_argument("--out", type=Path, required=True, help="output folder; created where it is missing")
+    made.add_argument("--adapter", type=Path, help="start from this adapter file (default: the artifact's own)")
+    hints = get_type_hints(FinetuneConfig)
+    for field in dataclasses.fields(FinetuneConfig):
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if hints[field.name] is bool:
+            made.add_argument(name, action="store_true", help=text)
+        else:
+            kind = next(iter(get_args(hints[field.name])), hints[field.name])
+            made.add_argument(name, type=kind, default=field.default, help=text)
+    made.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    made.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted."""
+    p = parser()
+    args = p.parse_args(argv)
+    try:
+        config = FinetuneConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FinetuneConfig)})
+    except ValueError as err:
+        p.error(str(err))  # exits with USAGE
+    display = Display(sys.stderr, quiet=args.quiet)
+    try:
+        with _logged_to(display):
+            report = finetune(
+                args.artifact, args.data, args.out, config, adapter=args.adapter, on_progress=display.progress
+            )
+    except LoracDeployError as err:
+        return display.failed(f"error: {err}", FAILED)
+    except MemoryError as err:
+        return display.failed(f"error: {_out_of_memory(err)}", FAILED)
+    except KeyboardInterrupt:
+        return display.failed(f"interrupted; {_how_to_go_on(args.out, config)}", INTERRUPTED)
+    print(report.to_json() if args.json else table(report, args.out), end="")
+    return 0
+
+
+def _out_of_memory(err: MemoryError) -> str:
+    reason = str(err) or "not enough memory"
+    return f"{reason}. Try a smaller --batch-size; a step's memory grows with it"
+
+
+def _how_to_go_on(out: Path, config: FinetuneConfig) -> str:
+    if not resume.exists(out):
+        return "no epoch was finished, nothing was kept"
+    without = " without --restart" if config.restart else ""
+    return f"the same command{without} goes on after the last whole epoch"
+
+
+class Display:
+    """Progress and messages for a person; on a terminal the line of the current epoch is updated in place."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool) -> None:
+        self._stream, self.quiet = stream, quiet
+        self._live = stream.isatty() and not quiet
+        self._width = 0  # of the unfinished line on the terminal
+
+    def progress(self, p: Progress) -> None:
+        """Show a step."""
+        if self._live:
+            self._write(_line(p), end="\n" if p.epoch_done else "")
+        elif p.epoch_done and not self.quiet:
+            self._write(_line(p))
+
+    def message(self, text: str) -> None:
+        """A line of its own."""
+        if self._width:
+            self._write("")
+        self._write(text)
+
+    def failed(self, text: str, status: int) -> int:
+        """Say why, return ``status``."""
+        self.message(text)
+        return status
+
+    def _write(self, text: str, end: str = "\n") -> None:
+        """Write over the unfinished line, if there is one."""
+        back = "\r" if self._width else ""
+        print(back + text.ljust(self._width), end=end, file=self._stream, flush=True)
+        self._width = 0 if end else len(text)
+
+
+def _line(p: Progress) -> str:
+    width = len(str(p.epochs))
+    return (
+        f"epoch {p.epoch:{width}}/{p.epochs}  step {p.step}/{p.steps}  loss {p.loss:.4f}  lr {p.lr:.2e}  "
+        f"{p.seconds:.1f} s  eta {p.eta:.0f} s"
+    )
+
+
+@contextlib.contextmanager
+def _logged_to(display: Display) -> Iterator[None]:
+    """Show what the library logs: information unless quiet, warnings always."""
+    handler = _Handler(display)
+    log = logging.getLogger("lorac_runtime")
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if display.quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        self._display.message(prefix + record.getMessage())
+
+
+def table(report: FinetuneReport, out: Path) -> str:
+    """The figures of a run for a person, a line each."""
+    share = report.trained_parameters / report.model_parameters
+    memory = "unknown" if report.peak_memory_bytes is None else f"{report.peak_memory_bytes / 2**20:.0f} MiB"
+    rows = {
+        "accuracy": _accuracies(report),
+        "loss": f"{report.epoch_losses[0]:.4f} in the first epoch, {report.epoch_losses[-1]:.4f} in the last",
+        "trained": f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})",
+        "images": f"{report.train_images} for training, {report.val_images} held out",
+        "time": f"{report.seconds:.1f} s, a step {1e3 * report.step_seconds:.1f} ms",
+        "memory": memory,
+        "written": ", ".join(str(out / name) for name in ("adapter.safetensors", "fused.onnx", "report.json")),
+    }
+    return "".join(f"{name:10}{text}\n" for name, text in rows.items())
+
+
+def _accuracies(report: FinetuneReport) -> str:
+    before, after = report.accuracy_before, report.accuracy_after
+    if before is None or after is None:
+        return "not measured: no images were held out"
+    return f"{before:.1%} before, {after:.1%} after, on {report.val_images} held-out images"

@@ -1,0 +1,71 @@
+"""Settings of a fine-tuning run on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from lorac_runtime.manifest import TrainingDefaults
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field whose help text the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune; None means what the artifact says. The command line's options are these fields.
+
+    >>> FinetuneConfig(lr=3e-4).resolved(TrainingDefaults(epochs=5)).epochs
+    5
+
+    Raises ValueError for a value out of range.
+    """
+
+    epochs: int | None = _option(None, "passes over the training images (default: the artifact's)")
+    batch_size: int | None = _option(None, "images per step (default: the artifact's)")
+    lr: float | None = _option(None, "peak learning rate (default: the artifact's)")
+    warmup: float | None = _option(
+        None, "share of all steps in which the learning rate rises, 0 to 1 (default: the artifact's)"
+    )
+    val_fraction: float = _option(
+        0.2, "share of the images held out, by class, for the accuracies before and after (default: %(default)s)"
+    )
+    seed: int = _option(0, "seed of the split and of the order of images (default: %(default)s)")
+    threads: int | None = _option(None, "threads of the engine (default: its own choice)")
+    restart: bool = _option(False, "begin anew, whatever a finished or unfinished run left in the output folder")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "threads"):
+            _check(name, getattr(self, name), least=1)
+        _check("seed", self.seed, least=0)
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.warmup is not None and not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of all steps, 0 to 1, got {self.warmup}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+
+    def resolved(self, defaults: TrainingDefaults) -> Settings:
+        """The settings with the artifact's ``defaults`` where nothing was asked for."""
+        chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
+        return Settings(**{n: getattr(defaults, n) if v is None else v for n, v in chosen.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the outcome of a run, all of it known. A run resumes only with the same settings."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: float
+    val_fraction: float
+    seed: int
+
+
+def _check(name: str, value: int | None, *, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,231 @@
+"""Local data: labelled images from an ``.npz`` file or from class folders, checked before any work.
+
+Images are uint8 as a camera gives them; the numbers that a model wants are computed in `preprocess`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import stat
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorac_runtime.errors import DataError
+from lorac_runtime.image_folder import read_class_folders
+from lorac_runtime.manifest import InputSpec
+
+Array = npt.NDArray[Any]
+
+# What zip archives, compression and the headers of arrays raise when they are damaged; RuntimeError: encrypted.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    SyntaxError,
+    RuntimeError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalData:
+    """``images`` uint8 (N, H, W, C), however they were stored, and ``labels`` int64 (N,)."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_data(
+    path: Path, spec: InputSpec, classes: int, class_names: Sequence[str], *, require_classes: int = 2
+) -> LocalData:
+    """Read and check local data: a ``.npz`` file, or a folder with one sub-folder of images per class.
+
+    A ``.npz`` holds ``images``, uint8 (N, H, W, C) or (N, C, H, W), or (N, H, W) for one channel, and
+    ``labels``, integers 0 to classes - 1, (N,). Where all sides are equal, (N, H, W, C) is assumed.
+    Training needs two classes; for evaluation ``require_classes=1`` will do.
+
+    Raises DataError saying what was found and what was expected.
+    """
+    if _is_folder(path):
+        images, labels = read_class_folders(path, spec, class_names)
+    else:
+        images, labels = read_npz(path)
+        images, labels = _as_nhwc(path, images, spec), _as_labels(path, labels, classes)
+    if len(images) != len(labels):
+        raise DataError(f"{path} holds {len(images)} images but {len(labels)} labels; there must be one label each")
+    if len(images) == 0:
+        raise DataError(f"{path} holds no images")
+    present = np.unique(labels)
+    if len(present) < require_classes:
+        raise DataError(
+            f"all {len(labels)} images of {path} are of class {class_names[present[0]]!r}: training on one class "
+            f"teaches a model to always answer it. Add images of other classes (at least {require_classes})"
+        )
+    return LocalData(np.ascontiguousarray(images), labels)
+
+
+def preprocess(images: npt.NDArray[np.uint8], spec: InputSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+    """Images uint8 (N, H, W, C) as the model takes them: (pixel * scale - mean) / std, float32 (N, C, H, W).
+
+    A model that does this itself (``spec.in_graph``) takes them untouched.
+
+    >>> spec = InputSpec("input", (1, 1, 2), scale=0.5, mean=(1.0,), std=(2.0,))
+    >>> preprocess(np.array([[[[2], [10]]]], np.uint8), spec)
+    array([[[[0., 2.]]]], dtype=float32)
+    """
+    if spec.in_graph:
+        return images
+    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
+    pixels *= np.float32(spec.scale)
+    pixels -= np.asarray(spec.mean, np.float32).reshape(-1, 1, 1)
+    pixels /= np.asarray(spec.std, np.float32).reshape(-1, 1, 1)
+    return pixels
+
+
+def fingerprint(data: LocalData) -> str:
+    """Hex sha256 of images and labels, their shape included: tells whether a run resumes on the same data.
+
+    >>> one = LocalData(np.zeros((2, 1, 1, 1), np.uint8), np.array([0, 1]))
+    >>> fingerprint(one) == fingerprint(LocalData(one.images, one.labels[::-1]))
+    False
+    """
+    digest = hashlib.sha256(repr(data.images.shape).encode())
+    digest.update(np.ascontiguousarray(data.images).data)
+    digest.update(np.ascontiguousarray(data.labels, "<i8").data)
+    return digest.hexdigest()
+
+
+def stratified_split(
+    labels: npt.NDArray[np.int64], fraction: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices (training, held out), each sorted, with ``fraction`` of every class held out as nearly as it goes.
+
+    Every class keeps at least one training sample. The same labels, fraction and seed give the same split.
+
+    >>> train, held = stratified_split(np.array([0, 0, 0, 0, 1, 1, 1, 1]), 0.25, 0)
+    >>> len(train), len(held)
+    (6, 2)
+
+    Raises ValueError for a fraction outside of [0, 1), DataError if nothing could be held out.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the held-out fraction must be at least 0 and below 1, got {fraction}")
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(labels))
+    groups = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
+    counts = _held_out_counts([len(group) for group in groups], fraction, generator)
+    if fraction > 0 and not sum(counts):
+        raise DataError(
+            f"{len(labels)} images in {len(groups)} classes are too few to hold out {fraction:g} of them: it takes "
+            f"at least {_images_needed(fraction)} images, two of them of the same class, or a held-out fraction of 0"
+        )
+    held = [group[:count] for group, count in zip(groups, counts, strict=True)]
+    kept = [group[count:] for group, count in zip(groups, counts, strict=True)]
+    return _sorted(kept), _sorted(held)
+
+
+def _held_out_counts(sizes: list[int], fraction: float, generator: np.random.Generator) -> list[int]:
+    """Round the shares so that their sum is right: the largest remainders are rounded up, ties by lot."""
+    shares = [size * fraction for size in sizes]
+    counts = [min(int(share), size - 1) for share, size in zip(shares, sizes, strict=True)]
+    lots = generator.permutation(len(sizes))
+    order = sorted(range(len(sizes)), key=lambda i: (counts[i] - shares[i], lots[i]))
+    for i in order:
+        if sum(counts) < _rounded(sum(shares)) and counts[i] < min(shares[i], sizes[i] - 1):
+            counts[i] += 1
+    return counts
+
+
+def _rounded(share: float) -> int:
+    return int(share + 0.5)
+
+
+def _images_needed(fraction: float) -> int:
+    return next(count for count in range(2, 1 << 62) if _rounded(count * fraction))
+
+
+def _sorted(groups: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    return np.sort(np.concatenate([np.empty(0, np.int64), *groups]))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as err:
+        raise DataError(
+            f"{path} cannot be read ({err.strerror}): give an .npz file or a folder with one sub-folder per class"
+        ) from err
+
+
+def read_npz(path: Path) -> tuple[Array, Array]:
+    """``images`` and ``labels`` of a file as they are stored, pickling off; their contents are not checked.
+
+    Raises DataError.
+    """
+    advice = "save it with numpy.savez(path, images=..., labels=...)"
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} holds a single array, not images and labels; {advice}")
+        with archive:
+            missing = [key for key in ("images", "labels") if key not in archive.files]
+            if missing:
+                raise DataError(f"{path} has no {' and no '.join(missing)}, only {archive.files}; {advice}")
+            return archive["images"], archive["labels"]
+    except MemoryError as err:
+        raise DataError(f"{path} says it holds more than fits into memory ({err})") from err
+    except _DAMAGED as err:
+        raise DataError(f"{path} is not a readable .npz of plain arrays ({err}); {advice}") from err
+
+
+def _as_nhwc(path: Path, images: Array, spec: InputSpec) -> npt.NDArray[np.uint8]:
+    if images.dtype != np.uint8:
+        raise DataError(f"images of {path} are {_described(images)}, expected uint8, 0 to 255, not normalised")
+    channels, height, width = spec.shape
+    if images.shape[1:] == (height, width, channels):
+        return images
+    if images.shape[1:] == (channels, height, width):
+        return images.transpose(0, 2, 3, 1)
+    if channels == 1 and images.shape[1:] == (height, width):
+        return images[..., np.newaxis]
+    raise DataError(
+        f"images of {path} have shape {images.shape}, expected (N, {height}, {width}, {channels}) or "
+        f"(N, {channels}, {height}, {width}); resize or convert them to what the model was exported for"
+    )
+
+
+def _as_labels(path: Path, labels: Array, classes: int) -> npt.NDArray[np.int64]:
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"labels of {path} are {_described(labels)}, expected integers 0 to {classes - 1}")
+    if labels.ndim != 1:
+        raise DataError(f"labels of {path} have shape {labels.shape}, expected one class number per image, (N,)")
+    values, counts = np.unique(labels, return_counts=True)
+    wrong = [f"{v} ({n} times)" for v, n in zip(values, counts, strict=True) if not 0 <= v < classes]
+    if wrong:
+        shown = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        raise DataError(f"labels of {path} must be 0 to {classes - 1}, for {classes} classes, but there are {shown}")
+    return labels.astype(np.int64)
+
+
+def _described(array: Array) -> str:
+    """The type, and how many values are NaN if it can hold any."""
+    nans = int(np.isnan(array).sum()) if array.dtype.kind in "fc" else 0
+    return f"{array.dtype}" + (f" and hold NaN ({nans} of {array.size} values)" if nans else "")

@@ -1,0 +1,132 @@
+"""Files appear whole or not at all: written beside the target, flushed, checked, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lorac_runtime.errors import OutputError
+
+Buffer = bytes | memoryview
+
+_ADVICE = {
+    errno.ENOSPC: "Free some space or choose another output folder.",
+    errno.EDQUOT: "Free some space or choose another output folder.",
+    errno.EFBIG: "The file system or a limit of this process allows no file of that size.",
+    errno.EACCES: "Choose an output folder that you may write to.",
+    errno.EPERM: "Choose an output folder that you may write to.",
+    errno.EROFS: "Choose an output folder that you may write to.",
+    errno.ENOENT: "Create the folder first.",
+    errno.ENOTDIR: "A part of the path is a file, not a folder.",
+    errno.EISDIR: "There is a folder of that name.",
+}
+
+
+def atomic_write(target: Path, content: Buffer | Sequence[Buffer]) -> None:
+    """Write bytes, or several pieces of bytes one after the other, as the whole of ``target``.
+
+    Read back and compared before the rename, so a target that exists is either the old file or the new one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write(Path(folder) / "a.bin", [b"12", b"3"])
+    ...     (Path(folder) / "a.bin").read_bytes()
+    b'123'
+
+    Raises OutputError if the file cannot be written; then nothing is left behind.
+    """
+    pieces = [content] if isinstance(content, bytes | memoryview) else list(content)
+    with staged(target) as part:
+        with part.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if not _holds(part, pieces):
+            raise OutputError(f"{target} was not written: reading it back gave other bytes. Is the disk sound?")
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` to write to; on leaving the block it is flushed to disk and renamed to it.
+
+    For writers that want a path; `atomic_write` is for bytes. If the block raises, ``target`` stays as it was.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with staged(Path(folder) / "a.txt") as part:
+    ...         _ = part.write_text("whole")
+    ...     [p.name for p in Path(folder).iterdir()]
+    ['a.txt']
+
+    Raises OutputError for every OSError inside of the block or of the rename.
+    """
+    # The process number lets two runs into one folder collide only at the rename, where the last one wins.
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield part
+        _flush(part)
+        part.replace(target)
+        flush_folder(target.parent)
+    except OSError as err:
+        raise OutputError(_explained(target, err)) from err
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def output_folder(folder: Path) -> Path:
+    """Create ``folder`` where it is missing, and prove that files can be written into it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     output_folder(Path(parent) / "a" / "b").is_dir()
+    True
+
+    Raises OutputError, before any work was done in vain.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0")
+    except OSError as err:
+        raise OutputError(_explained(folder, err)) from err
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return folder
+
+
+def _holds(path: Path, pieces: list[Buffer]) -> bool:
+    """Whether the file is exactly the pieces. As arrays: memoryview == bytes goes element by element."""
+    with path.open("rb") as stream:
+        for piece in pieces:
+            found = stream.read(len(piece))
+            if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(piece, np.uint8)):
+                return False
+        return not stream.read(1)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _explained(target: Path, err: OSError) -> str:
+    advice = _ADVICE.get(err.errno or 0, "")
+    return f"cannot write {target}: {err.strerror or err}. {advice}".rstrip()

@@ -1,0 +1,42 @@
+"""The output folder, checked before any work: can it be written, has it room, does it harm an input?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lorac_runtime.errors import OutputError
+from lorac_runtime.files import output_folder
+from lorac_runtime.manifest import ADAPTER, BASE, Manifest
+
+FUSED = "fused.onnx"
+
+
+def check_outputs(artifact: Path, out: Path, manifest: Manifest, *, data: Path, adapter: Path | None) -> None:
+    """Create ``out`` and make sure that a run of this artifact can write there.
+
+    Raises OutputError if ``out`` lies in the artifact or in a folder of images, would overwrite the adapter that the
+    run starts from, cannot be written, or has too little room.
+    """
+    for source, what in ((artifact, "the training artifact"), (data, "the folder of images")):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise OutputError(f"{out} lies in {what} {source}, which is never modified; choose another output folder")
+    if adapter is not None and (out / ADAPTER).resolve() == adapter.resolve():
+        raise OutputError(f"{out / ADAPTER} would overwrite the adapter it starts from; choose another output folder")
+    output_folder(out)
+    needed, free = space_needed(manifest), shutil.disk_usage(out).free
+    if free < needed:
+        raise OutputError(
+            f"{out} has {free / 1e6:.0f} MB of free space, a run needs up to {needed / 1e6:.0f} MB. "
+            "Free some space or choose another output folder"
+        )
+
+
+def space_needed(manifest: Manifest) -> int:
+    """Bytes that a run holds on disk at most: two checkpoints, an adapter and a fused model, each beside an old one.
+
+    A checkpoint is the engine's own files with the optimizer's memory, two values for each trained one.
+    """
+    trained = 4 * manifest.trained_parameters
+    engine_files = max(sum(manifest.files[f].nbytes for f in e.files) for e in manifest.engines.values())
+    return 2 * (engine_files + 3 * trained) + manifest.files[BASE].nbytes + 2 * trained

@@ -1,0 +1,127 @@
+"""report.json: what a fine-tuning run did, in figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from lorac_runtime.config import Settings
+from lorac_runtime.errors import OutputError, listed
+from lorac_runtime.files import atomic_write
+from lorac_runtime.schema import decode
+
+FILE_NAME = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneReport:
+    """A finished run. ``losses`` has a value per step; accuracies are shares of the held-out images, or None.
+
+    ``step_seconds`` is the median of the engine's steps. ``seconds`` is the whole run's time, resumed parts
+    included; ``fuse_seconds`` is what fusing took beside reading and writing the file. ``peak_memory_bytes`` is
+    the process's peak resident memory, None where the system does not tell. ``run`` identifies artifact, data
+    and settings by hash and value: a run with an equal one would give the same result.
+    """
+
+    engine: str
+    method: str
+    model: str
+    bn_policy: str
+    accuracy_before: float | None
+    accuracy_after: float | None
+    losses: tuple[float, ...]
+    epoch_losses: tuple[float, ...]
+    train_images: int
+    val_images: int
+    step_seconds: float
+    seconds: float
+    fuse_seconds: float
+    peak_memory_bytes: int | None
+    trained_parameters: int
+    model_parameters: int
+    seed: int
+    settings: Settings
+    versions: dict[str, str]
+    run: dict[str, str]
+
+    def to_json(self) -> str:
+        """The report as text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+
+def write_report(folder: Path, report: FinetuneReport) -> None:
+    """Write ``folder/report.json`` atomically. Raises OutputError."""
+    atomic_write(folder / FILE_NAME, report.to_json().encode())
+
+
+def read_report(folder: Path) -> FinetuneReport | None:
+    """The report in ``folder``, None if there is none.
+
+    Raises OutputError if report.json is not one of this program's.
+    """
+    path = folder / FILE_NAME
+    problems: list[str] = []
+    try:
+        report = decode(FinetuneReport, json.loads(path.read_text(encoding="utf-8")), "", problems)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as err:
+        problems.append(f"it cannot be read: {err}")
+    if problems:
+        headline = f"{path} is not the report of a run; choose another output folder, or restart (--restart):"
+        raise OutputError(listed(headline, problems))
+    return cast(FinetuneReport, report)
+
+
+def versions(engine: str, engine_version: str) -> dict[str, str]:
+    """Versions of everything that took part."""
+    return {
+        "python": platform.python_version(),
+        "lorac-runtime": package_version(),
+        "numpy": np.__version__,
+        "safetensors": package_version("safetensors"),
+        engine: engine_version,
+    }
+
+
+def package_version(distribution: str = "lorac-runtime") -> str:
+    """The installed version of a distribution; this project itself may run from a checkout, uninstalled."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of this process, None where the system does not tell.
+
+    >>> (peak_memory_bytes() or 1 << 30) > 1 << 20
+    True
+    """
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss starts at the size of the process that launched this one
+        return _high_water_mark(status.read_text(encoding="utf-8").splitlines())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _high_water_mark(lines: Iterable[str]) -> int | None:
+    """Bytes of the VmHWM line.
+
+    >>> _high_water_mark(["Name: python", "VmHWM:      2 kB"])
+    2048
+    """
+    values = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(values[0]) * 1024 if values else None

@@ -1,0 +1,215 @@
+"""A fine-tuning run on the device: from an artifact and local images to an adapter and a fused model.
+
+The order is: check everything that can be checked, take the accuracy before, train with a checkpoint after every
+epoch, take the accuracy after, write adapter.safetensors, fused.onnx and report.json, drop the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorac_runtime import resume
+from lorac_runtime.adapter import load_adapter, save_adapter, to_manifest_coordinates
+from lorac_runtime.config import FinetuneConfig, Settings
+from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_split
+from lorac_runtime.engines import Engine, open_engine
+from lorac_runtime.errors import AdapterError, DivergenceError, OutputError, listed
+from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
+from lorac_runtime.outputs import FUSED, check_outputs
+from lorac_runtime.patch import batchnorm_tensors, fuse
+from lorac_runtime.report import (
+    FinetuneReport,
+    package_version,
+    peak_memory_bytes,
+    read_report,
+    versions,
+    write_report,
+)
+from lorac_runtime.training import History, OnProgress, Progress, Samples, accuracy, diverged, train_epoch
+
+__all__ = ["FinetuneConfig", "FinetuneReport", "Progress", "finetune"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Everything that is known before the engine opens. ``run`` is what a resumed run must share."""
+
+    artifact: Path
+    out: Path
+    manifest: Manifest
+    settings: Settings
+    training: Samples
+    held_out: Samples
+    start: dict[str, npt.NDArray[Any]]
+    metadata: dict[str, str]
+    run: dict[str, str]
+
+
+def finetune(
+    artifact: Path,
+    data: Path,
+    out: Path,
+    config: FinetuneConfig | None = None,
+    *,
+    adapter: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> FinetuneReport:
+    """Fine-tune the model of a training artifact on local images; ``out`` gets adapter, fused model and report.
+
+    ``data`` is an .npz file (``images`` uint8, ``labels``) or a folder with one sub-folder of images per class.
+    ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step.
+
+    A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch. Where the
+    same run is finished already, its report is returned and nothing is done. ``config.restart`` begins anew.
+
+    Raises ArtifactError, OutputError, DataError and AdapterError before any work is done, CheckpointError if ``out``
+    holds an unfinished run with other settings, EngineError, DivergenceError; MemoryError where a batch does not fit.
+    """
+    started, config = time.perf_counter(), config or FinetuneConfig()
+    job = _prepared(Path(artifact), Path(data), Path(out), config=config, adapter=adapter)
+    if not config.restart and (finished := _finished(job)) is not None:
+        log.info("%s holds this very run, finished; restart (--restart) runs it again", out)
+        return finished
+    engine = open_engine(job.artifact, job.manifest, threads=config.threads)
+    history = _resumed_or_begun(engine, job, restart=config.restart)
+    started -= history.seconds
+    history = _trained(engine, job, history, on_progress=on_progress or _ignore)
+    return _written(engine, job, history, started=started)
+
+
+def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, adapter: Path | None) -> _Job:
+    """All checks that need no engine."""
+    manifest = load(artifact)
+    settings = config.resolved(manifest.training)
+    adapter = None if adapter is None else Path(adapter)
+    check_outputs(artifact, out, manifest, data=data, adapter=adapter)
+    verify_files(artifact, manifest)
+    local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names)
+    own = load_adapter(artifact / ADAPTER)
+    file = own if adapter is None else load_adapter(adapter)
+    train, held = stratified_split(local.labels, settings.val_fraction, settings.seed)
+    samples = Samples(local, train, manifest.input, settings.batch_size, merge_single=manifest.bn_policy == "batch")
+    return _Job(
+        artifact=artifact,
+        out=out,
+        manifest=manifest,
+        settings=settings,
+        training=samples,
+        held_out=dataclasses.replace(samples, index=held, merge_single=False),
+        start=to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), file),
+        metadata=_metadata(manifest, own.metadata),
+        run=_identity(artifact, local, settings, adapter),
+    )
+
+
+def _metadata(manifest: Manifest, start: dict[str, str]) -> dict[str, str]:
+    """Metadata of the trained adapter: the artifact's own, now tied to its base."""
+    made = {"base_sha256": manifest.files[BASE].sha256, "producer": f"lorac-runtime {package_version()}"}
+    return {**start, "coordinates": manifest.coordinates, **made}
+
+
+def _identity(artifact: Path, local: LocalData, settings: Settings, adapter: Path | None) -> dict[str, str]:
+    """What makes a run, as text; equal identities give equal results."""
+    return {
+        "artifact": sha256(artifact / FILE_NAME),
+        "data": fingerprint(local),
+        "adapter": "" if adapter is None else sha256(adapter),
+        **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
+    }
+
+
+def _finished(job: _Job) -> FinetuneReport | None:
+    """The report of the same run, if ``out`` holds it whole. Raises OutputError if it holds another one."""
+    report = None if resume.exists(job.out) else read_report(job.out)
+    if report is None or not all((job.out / name).is_file() for name in (ADAPTER, FUSED)):
+        return None
+    if report.run != job.run:
+        headline = f"{job.out} holds a finished run of another kind. {resume.ADVICE}; what differs:"
+        raise OutputError(listed(headline, resume.differences(report.run, job.run)))
+    return report
+
+
+def _resumed_or_begun(engine: Engine, job: _Job, *, restart: bool) -> History:
+    history = None if restart else resume.load(job.out, engine, job.run)
+    if history is not None:
+        log.info("resuming after epoch %d of %d", history.epoch, job.settings.epochs)
+        return history
+    resume.discard(job.out)
+    try:
+        engine.load_state(job.start)
+    except ValueError as err:
+        raise AdapterError(str(err)) from err
+    before = accuracy(engine, job.held_out)
+    if before is None:
+        log.info("no images are held out: there will be no accuracies")
+    if job.manifest.bn_policy == "recalibrate":
+        engine.recalibrate(job.training.load(batch)[0] for batch in job.training.batches())
+    return History(accuracy_before=before)
+
+
+def _trained(engine: Engine, job: _Job, history: History, *, on_progress: OnProgress) -> History:
+    """All epochs that are left, with a checkpoint after each."""
+    settings = job.settings
+    while history.epoch < settings.epochs:
+        history = train_epoch(engine, job.training, settings, history, on_progress=on_progress)
+        if not all(np.all(np.isfinite(value)) for value in engine.state().values()):
+            raise DivergenceError(diverged(f"weights are not finite after epoch {history.epoch}", settings))
+        resume.save(job.out, engine, job.run, history=history)
+    return history
+
+
+def _written(engine: Engine, job: _Job, history: History, *, started: float) -> FinetuneReport:
+    """Accuracy, files and report of a trained model; the report comes last and ends the run."""
+    after, state = accuracy(engine, job.held_out), engine.state()
+    save_adapter(job.out / ADAPTER, state, job.metadata)
+    fused = fuse(job.artifact, job.out / FUSED, state)
+    manifest = job.manifest
+    report = FinetuneReport(
+        engine=engine.name,
+        method=manifest.method,
+        model=manifest.model,
+        bn_policy=manifest.bn_policy,
+        accuracy_before=history.accuracy_before,
+        accuracy_after=after,
+        losses=history.losses,
+        epoch_losses=history.epoch_losses,
+        train_images=len(job.training),
+        val_images=len(job.held_out),
+        step_seconds=statistics.median(history.step_seconds),
+        seconds=time.perf_counter() - started,
+        fuse_seconds=fused.compute_seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        trained_parameters=manifest.trained_parameters,
+        model_parameters=manifest.model_parameters,
+        seed=job.settings.seed,
+        settings=job.settings,
+        versions=versions(engine.name, engine.version),
+        run=job.run,
+    )
+    write_report(job.out, report)
+    resume.discard(job.out)
+    _warn(report)
+    return report
+
+
+def _warn(report: FinetuneReport) -> None:
+    if report.epoch_losses[-1] > report.epoch_losses[0]:
+        first, last = report.epoch_losses[0], report.epoch_losses[-1]
+        log.warning("the loss rose from %.3g in the first epoch to %.3g: try a lower lr", first, last)
+    before, after = report.accuracy_before, report.accuracy_after
+    if before is not None and after is not None and after < before:
+        log.warning("on held-out images the model got worse, from %.1f to %.1f %%", 100 * before, 100 * after)
+
+
+def _ignore(progress: Progress) -> None:
+    del progress

@@ -1,0 +1,166 @@
+"""The training loop: batches in a seeded order, the learning rate of each step, and a watch on the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorac_runtime.config import Settings
+from lorac_runtime.data import LocalData, preprocess
+from lorac_runtime.engines import Engine
+from lorac_runtime.errors import DivergenceError
+from lorac_runtime.manifest import InputSpec
+from lorac_runtime.schedule import one_cycle
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step. ``epoch`` and ``step`` count from 1, ``step`` over all epochs.
+
+    ``loss`` is the mean of this epoch's steps so far; ``seconds`` is what training has taken, checkpoints left out.
+
+    >>> p = Progress(epoch=1, epochs=2, step=2, steps=8, loss=0.7, lr=1e-3, seconds=3.0)
+    >>> p.eta, p.epoch_done
+    (9.0, False)
+    """
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    seconds: float
+
+    @property
+    def eta(self) -> float:
+        """Seconds that the remaining steps will take."""
+        return self.seconds / self.step * (self.steps - self.step)
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether this was the epoch's last step."""
+        return self.step * self.epochs == self.epoch * self.steps
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What has happened after ``epoch`` whole epochs. ``losses`` and ``step_seconds`` have a value per step."""
+
+    epoch: int = 0
+    losses: tuple[float, ...] = ()
+    epoch_losses: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    seconds: float = 0.0
+    accuracy_before: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Some of the local images (``index``), as batches that ``spec`` and the BN policy allow.
+
+    With ``merge_single`` a last batch of one image joins the one before it: alone it may have no variance.
+    """
+
+    data: LocalData
+    index: Indices
+    spec: InputSpec
+    batch_size: int
+    merge_single: bool = False
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, order: Indices | None = None) -> list[Indices]:
+        """Indices of each batch; the last one may be smaller. ``order`` permutes the samples.
+
+        >>> data = LocalData(np.zeros((5, 1, 1, 1), np.uint8), np.zeros(5, np.int64))
+        >>> samples = Samples(data, np.arange(5), InputSpec("x", (1, 1, 1), 1.0, (0.0,), (1.0,)), 2)
+        >>> [len(b) for b in samples.batches()]
+        [2, 2, 1]
+        >>> [len(b) for b in dataclasses.replace(samples, merge_single=True).batches()]
+        [2, 3]
+        """
+        index = self.index if order is None else self.index[order]
+        starts = list(range(0, len(index), self.batch_size))
+        if self.merge_single and len(starts) > 1 and len(index) - starts[-1] == 1:
+            starts.pop()
+        return [index[a:b] for a, b in zip(starts, [*starts[1:], len(index)], strict=True)]
+
+    def load(self, batch: Indices) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """(images as the model takes them, labels) of a batch."""
+        return preprocess(self.data.images[batch], self.spec), self.data.labels[batch]
+
+
+def accuracy(engine: Engine, samples: Samples) -> float | None:
+    """Share of the samples that the engine's model classifies rightly; None for no samples."""
+    if not len(samples):
+        return None
+    right = 0
+    for batch in samples.batches():
+        images, labels = samples.load(batch)
+        _, logits = engine.eval_step(images, labels)
+        right += int(np.count_nonzero(logits.argmax(axis=1) == labels))
+    return right / len(samples)
+
+
+def train_epoch(
+    engine: Engine, samples: Samples, settings: Settings, history: History, *, on_progress: OnProgress
+) -> History:
+    """One pass over the samples, in an order that depends on seed and epoch alone; returns the longer history.
+
+    Raises DivergenceError as soon as a loss is not finite.
+    """
+    order = np.random.default_rng([settings.seed, history.epoch]).permutation(len(samples))
+    batches = samples.batches(order)
+    steps, started = settings.epochs * len(batches), time.perf_counter() - history.seconds
+    losses: list[float] = []
+    durations: list[float] = []
+    for step, batch in enumerate(batches, start=history.epoch * len(batches)):
+        lr = one_cycle(step, steps, peak=settings.lr, warmup=settings.warmup)
+        loss, duration = _timed_step(engine, samples, batch, lr)
+        if not math.isfinite(loss):
+            raise DivergenceError(diverged(f"the loss became {loss} in step {step + 1} of {steps}", settings))
+        losses.append(loss)
+        durations.append(duration)
+        seconds = time.perf_counter() - started
+        on_progress(Progress(history.epoch + 1, settings.epochs, step + 1, steps, _mean(losses), lr, seconds))
+    return dataclasses.replace(
+        history,
+        epoch=history.epoch + 1,
+        losses=(*history.losses, *losses),
+        epoch_losses=(*history.epoch_losses, _mean(losses)),
+        step_seconds=(*history.step_seconds, *durations),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def diverged(what: str, settings: Settings) -> str:
+    """The message for a run that diverged: ``what`` happened, and what to do about it."""
+    return (
+        f"{what}: training diverged at a peak learning rate of {settings.lr:g}. No result was written. "
+        f"Begin anew (--restart) with a lower one, such as --lr {settings.lr / 3:.1g}"
+    )
+
+
+def _timed_step(engine: Engine, samples: Samples, batch: Indices, lr: float) -> tuple[float, float]:
+    """(loss, seconds of the engine's step; preparing the images is not counted)."""
+    images, labels = samples.load(batch)
+    started = time.perf_counter()
+    loss = engine.train_step(images, labels, lr)
+    return loss, time.perf_counter() - started
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)

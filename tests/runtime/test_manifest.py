@@ -1,0 +1,154 @@
+"""manifest.json: reading, and every contradiction it can hold."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorac_runtime import manifest as mf
+from lorac_runtime.errors import ArtifactError
+
+Path_ = tuple[str | int, ...]
+
+
+def edited(text: str, path: Path_, value: Any) -> str:
+    """The JSON text with one value replaced."""
+    tree = copy.deepcopy(json.loads(text))
+    inner = tree
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize("policy", mf.BN_POLICIES)
+def test_what_is_written_is_read_back(small: Callable[..., Any], policy: str) -> None:
+    artifact = small(policy, learnable_alpha=True)
+    assert mf.load(artifact.folder) == artifact.manifest
+    mf.verify_files(artifact.folder, artifact.manifest)
+
+
+def test_equal_manifests_are_equal_text(small: Callable[..., Any]) -> None:
+    manifest = small().manifest
+    turned = dataclasses.replace(manifest, files=dict(reversed(manifest.files.items())))
+    assert turned.to_json() == manifest.to_json()
+
+
+def test_trained_parameters_are_counted(small: Callable[..., Any]) -> None:
+    stem, head, bias = 4 * 3 * 9, 5 * 6, 5
+    conv2, conv3 = 4 * (4 * 2 + 6 * 3), 6 * (2 * 3 + 6 * 1)
+    assert small().manifest.trained_parameters == stem + conv2 + conv3 + head + bias
+
+
+CONTRADICTIONS: dict[str, tuple[Path_, Any, str]] = {
+    "policy": (("bn_policy",), "none", "bn_policy: 'none' is not one of frozen, batch, recalibrate"),
+    "coordinates": (("coordinates",), "polar", "coordinates: 'polar' is not one of folded, unfolded"),
+    "role": (("trainables", 0, "role"), "soul", r"trainables.conv1.weight.role: 'soul'"),
+    "layout": (("adapters", 0, "layout"), "rows", "adapters.conv2.layout: 'rows'"),
+    "r": (("adapters", 0, "r"), 0, "adapters.conv2: .* must be positive"),
+    "adapter shape": (("adapters", 0, "rank"), 3, r"conv2.lora_a has shape \(4, 8\), expected \(3, 8\)"),
+    "weight shape": (("adapters", 1, "weight_shape"), [6, 2], "adapters.conv3: weight_shape"),
+    "std": (("input", "std"), [1.0, 0.0, 1.0], "input.std: must be positive"),
+    "channels": (("input", "mean"), [0.5], "mean and std need 3 values"),
+    "input shape": (("input", "shape"), [3, 0, 5], "input.shape"),
+    "class names": (("class_names",), ["ant"], "class_names: 1 names for 5 classes"),
+    "patch file": (("patches", 0, "file"), "other.onnx", "patches.conv1.weight: other.onnx is not in files"),
+    "patch dtype": (("patches", 0, "dtype"), "float16", "432 bytes of float16 do not hold shape"),
+    "patch size": (("patches", 0, "nbytes"), 428, "428 bytes of float32 do not hold shape"),
+    "patch offset": (("patches", 0, "offset"), 10**9, "lie outside base.onnx"),
+    "negative offset": (("patches", 0, "offset"), -4, "lie outside base.onnx"),
+    "permute": (("patches", 0, "permute"), [0, 1, 2, 2], "is not an order of the 4 axes"),
+    "short permute": (("patches", 6, "permute"), [0], "is not an order of the 2 axes"),
+    "engine": (("engines",), {"x": {"files": ["y.onnx"], "version": "1"}}, "engines.x: y.onnx is not in files"),
+    "not a number": (("input", "mean"), [0.5, 0.5, float("nan")], r"input.mean\[2\]: expected a finite number"),
+    "version": (("schema_version",), 99, "schema_version 99, this runtime reads 1"),
+    "version type": (("schema_version",), "1", "schema_version '1'"),
+    "unknown key": (("colour",), "red", "colour: unknown key"),
+    "wrong type": (("model",), 5, "model: expected text, got 5"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_is_named(small: Callable[..., Any], case: str) -> None:
+    path, value, message = CONTRADICTIONS[case]
+    text = small().manifest.to_json()
+    mf.parse(text)
+    with pytest.raises(ArtifactError, match=message):
+        mf.parse(edited(text, path, value))
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "a\\b", "C:a", "..", ".", "", "a\0"])
+def test_file_names_cannot_leave_the_folder(small: Callable[..., Any], name: str) -> None:
+    manifest = small().manifest
+    files = {**manifest.files, name: manifest.files[mf.BASE]}
+    with pytest.raises(ArtifactError, match="names must stay inside the folder"):
+        mf.parse(dataclasses.replace(manifest, files=files).to_json())
+
+
+def test_a_manifest_without_base_is_refused(small: Callable[..., Any]) -> None:
+    manifest = dataclasses.replace(small().manifest, files={}, patches=())
+    with pytest.raises(ArtifactError, match=r"base\.onnx is missing"):
+        mf.parse(manifest.to_json())
+
+
+def test_several_contradictions_come_in_one_message(small: Callable[..., Any]) -> None:
+    text = small().manifest.to_json()
+    for case in ("policy", "role", "class names", "patch offset"):
+        path, value, _ = CONTRADICTIONS[case]
+        text = edited(text, path, value)
+    with pytest.raises(ArtifactError) as caught:
+        mf.parse(text)
+    assert str(caught.value).count("\n  - ") == 4
+
+
+@given(cut=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_manifest_is_an_artifact_error(cut: float) -> None:
+    text = '{"schema_version": 1, "model": "net", "input": {"shape": [3, 32, 32]}}'
+    with pytest.raises(ArtifactError, match="export"):
+        mf.parse(text[: int(cut * len(text))])
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "5", "{}", "[" * 100_000, "9" * 5000, '{"schema_version": 1}'])
+def test_other_json_is_an_artifact_error(text: str) -> None:
+    with pytest.raises(ArtifactError):
+        mf.parse(text)
+
+
+def test_a_folder_without_manifest_is_an_artifact_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not a training artifact folder"):
+        mf.load(tmp_path)
+
+
+def test_binary_and_oversized_manifests_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / mf.FILE_NAME).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        mf.load(tmp_path)
+    with (tmp_path / mf.FILE_NAME).open("wb") as stream:
+        stream.truncate(mf.MAX_BYTES + 1)
+    with pytest.raises(ArtifactError, match="larger than 64 MiB"):
+        mf.load(tmp_path)
+
+
+def test_missing_cut_and_altered_files_are_all_named(small: Callable[..., Any]) -> None:
+    artifact = small()
+    base, norm = (artifact.folder / name for name in (mf.BASE, mf.BATCHNORM))
+    content = base.read_bytes()
+    base.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    norm.unlink()
+    with pytest.raises(ArtifactError) as caught:
+        mf.verify_files(artifact.folder, artifact.manifest)
+    assert "base.onnx was altered" in str(caught.value)
+    assert "batchnorm.safetensors is missing" in str(caught.value)
+    base.write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match=f"has {len(content) - 1} bytes, expected {len(content)}"):
+        mf.verify_files(artifact.folder, artifact.manifest, (mf.BASE,))
+    base.write_bytes(content)
+    mf.verify_files(artifact.folder, artifact.manifest, (mf.BASE,))

@@ -1,0 +1,87 @@
+"""One network, three routes: PyTorch, the artifact's eval graph, and the fused ONNX file. One answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from networks import NAMES, SPEC, touch_adapters, trained
+
+from lorac_deploy.lora import adapter_tensors, attach
+from lorac_exporters.artifact import ArtifactConfig, adapter_metadata, write_artifact
+from lorac_exporters.plan import LoraConfig
+from lorac_exporters.torch_graph import export_graph
+from lorac_exporters.verify import random_inputs, run_onnx, verify
+from lorac_runtime import manifest as mf
+from lorac_runtime.adapter import AdapterFile, check_adapter, save_adapter, to_manifest_coordinates
+from lorac_runtime.delta import LAYOUTS, Layout
+from lorac_runtime.engines import open_engine
+from lorac_runtime.patch import batchnorm_tensors, fuse
+
+MODELS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "densenet121")
+
+
+def largest(values: np.ndarray) -> float:
+    return max(1.0, float(np.abs(values).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_pytorch_the_eval_graph_and_the_fused_file_agree(name: str, tmp_path: Path) -> None:
+    net = trained(name)
+    graph = export_graph(net, SPEC.shape)
+    images = random_inputs(SPEC, 4, seed=0)
+    with torch.no_grad():
+        plain = net(torch.from_numpy(images)).numpy()
+    unadapted = export(graph, tmp_path / "head", ArtifactConfig(method="head"))
+    # eval graphs take weights as inputs, and then other kernels run than in base.onnx: compare like with like
+    base = eval_logits(unadapted, images, None)
+    assert np.abs(base - run_onnx(unadapted / mf.BASE, images)).max() <= 1e-4 * largest(plain)
+    for layout in LAYOUTS:
+        folder = export(graph, tmp_path / layout, ArtifactConfig(lora=LoraConfig(layout=layout)))
+        assert np.abs(eval_logits(folder, images, None) - base).max() <= 1e-6 * largest(plain)
+        check_one(net, folder, layout, images, plain, tmp_path / f"{layout}-fused.onnx")
+
+
+def export(graph: ir.Model, folder: Path, config: ArtifactConfig) -> Path:
+    write_artifact(graph, folder, name="net", spec=SPEC, class_names=NAMES, config=config)
+    return folder
+
+
+def check_one(
+    net: torch.nn.Module, folder: Path, layout: Layout, images: np.ndarray, plain: np.ndarray, target: Path
+) -> None:
+    from copy import deepcopy
+
+    adapted = deepcopy(net)
+    attach(adapted, LoraConfig(layout=layout))
+    with torch.no_grad():
+        untouched = adapted(torch.from_numpy(images)).numpy()
+        touch_adapters(adapted)
+        expected = adapted(torch.from_numpy(images)).numpy()
+    assert np.abs(untouched - plain).max() <= 1e-6 * largest(plain)
+    assert np.abs(expected - plain).max() > 1e-2 * largest(plain)
+    manifest = mf.load(folder)
+    tensors = {k: v.numpy() for k, v in adapter_tensors(adapted).items()}
+    file = AdapterFile(tensors, adapter_metadata(manifest) | {"coordinates": "unfolded", "base_sha256": ""})
+    check_adapter(manifest, file)
+    state = to_manifest_coordinates(manifest, batchnorm_tensors(folder, manifest), file)
+    fuse(folder, target, state)
+    save_adapter(target.with_suffix(".safetensors"), state, adapter_metadata(manifest))
+    bound = 1e-4 * largest(expected)
+    assert np.abs(eval_logits(folder, images, state) - expected).max() <= bound
+    assert np.abs(run_onnx(target, images) - expected).max() <= bound
+    report = verify(folder / mf.BASE, target, adapter=target.with_suffix(".safetensors"))
+    assert report.ok
+    assert {check.verdict for check in report.checks} == {"pass"}
+
+
+def eval_logits(folder: Path, images: np.ndarray, state: dict[str, np.ndarray] | None) -> np.ndarray:
+    engine = open_engine(folder, mf.load(folder))
+    if state is not None:
+        engine.load_state(state)
+    _, logits = engine.eval_step(images, np.zeros(len(images), np.int64))
+    return logits

@@ -1,0 +1,279 @@
+"""Corruptions: what all of them promise, the formulas of some, and published-size accuracies on real images."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import itertools
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorac_deploy.corruptions import DRIFTS, corrupt, list_corruptions
+from lorac_deploy.corruptions.blur import disk
+from lorac_deploy.corruptions.weather import plasma
+
+ALL = list_corruptions()
+RANDOM = {
+    "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur", "snow", "fog",
+    "elastic_transform", "fog_noise",
+}  # fmt: skip
+# The published constants of the first three do not grow from one severity to the next; an angle is no distance.
+UNORDERED = {"glass_blur", "saturate", "elastic_transform", "rotate"}
+
+
+def scene(n: int = 4, side: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Smooth coloured shapes with an edge: blurs, colours and noise all show."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] / side
+    waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(0.5, 3, (n * channels, 3))]
+    images = 0.5 + 0.3 * np.stack(waves).reshape(n, channels, side, side).transpose(0, 2, 3, 1)
+    images[:, side // 4 : side // 2, side // 3 :] *= 0.4
+    return np.rint(images * 255).astype(np.uint8)
+
+
+def grey(level: int) -> np.ndarray:
+    return np.full((1, 160, 160, 3), level, np.uint8)
+
+
+def difference(images: np.ndarray, name: str, severity: int) -> float:
+    return float(np.abs(corrupt(images, name, severity).astype(int) - images).mean())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 8, 3), (1, 33, 20, 3), (1, 224, 224, 3)])
+def test_every_corruption_keeps_shape_and_input_and_changes_pixels(name: str, shape: tuple[int, ...]) -> None:
+    images = scene(shape[0], max(shape[1:3]), shape[3])[:, : shape[1], : shape[2]].copy()
+    if name == "saturate" and shape[3] == 1:
+        with pytest.raises(ValueError, match="needs images of 3 channels, got 1"):
+            corrupt(images, name, 4)
+        return
+    before = images.copy()
+    result = corrupt(images, name, 4)
+    assert result.dtype == np.uint8
+    assert result.shape == images.shape
+    np.testing.assert_array_equal(images, before)
+    assert not np.array_equal(result, images)
+
+
+@given(st.sampled_from(ALL), st.integers(1, 5), st.integers(1, 20), st.integers(1, 20), st.sampled_from([0, 128, 255]))
+@settings(max_examples=150)
+def test_odd_sizes_and_flat_images_are_no_obstacle(
+    name: str, severity: int, height: int, width: int, level: int
+) -> None:
+    images = np.full((1, height, width, 3), level, np.uint8)
+    assert corrupt(images, name, severity).shape == images.shape
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - UNORDERED))
+def test_a_higher_severity_changes_more(name: str) -> None:
+    differences = [difference(scene(8), name, severity) for severity in range(1, 6)]
+    assert all(b > a - 0.1 for a, b in itertools.pairwise(differences)), differences
+    assert differences[4] > 1.2 * differences[0]
+
+
+@pytest.mark.parametrize("name", sorted(UNORDERED))
+def test_every_severity_of_the_others_differs(name: str) -> None:
+    results = [corrupt(scene(2), name, severity).tobytes() for severity in range(1, 6)]
+    assert len(set(results)) == 5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_seed_changes_what_is_random_and_nothing_else(name: str) -> None:
+    images = scene(2)
+    first, again, other = (corrupt(images, name, 3, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.array_equal(first, other) == (name not in RANDOM)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_image_is_corrupted_alike_in_any_order_and_subset(name: str) -> None:
+    images, order = scene(4), [2, 0, 3]
+    np.testing.assert_array_equal(corrupt(images[order], name, 3), corrupt(images, name, 3)[order])
+
+
+@pytest.mark.parametrize("name", sorted(RANDOM))
+def test_different_images_get_different_draws(name: str) -> None:
+    images = scene(1).repeat(2, axis=0)
+    images[1, 0, 0, 0] ^= 1  # as good as equal, so the results differ by the draws only
+    first, second = corrupt(images, name, 5).astype(int)
+    assert (np.abs(first - second) > 1).mean() > 0.05
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_gaussian_noise_has_the_published_deviation(severity: int) -> None:
+    found = corrupt(grey(128), "gaussian_noise", severity) / 255
+    assert found.std() == pytest.approx([0.04, 0.06, 0.08, 0.09, 0.10][severity - 1], rel=0.03)
+    assert found.mean() == pytest.approx(127.5 / 255, abs=0.002)  # truncation takes half a level
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_shot_noise_counts_photons(severity: int) -> None:
+    photons = [500, 250, 100, 75, 50][severity - 1]
+    found = corrupt(grey(64), "shot_noise", severity) / 255
+    assert found.std() == pytest.approx(np.sqrt(64 / 255 / photons), rel=0.03)
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_impulse_noise_is_half_salt_half_pepper(severity: int) -> None:
+    found = corrupt(grey(128), "impulse_noise", severity)
+    share = [0.01, 0.02, 0.03, 0.05, 0.07][severity - 1]
+    assert (found == 255).mean() == pytest.approx(share / 2, rel=0.1)
+    assert (found == 0).mean() == pytest.approx(share / 2, rel=0.1)
+    assert set(np.unique(found)) == {0, 128, 255}
+
+
+@pytest.mark.parametrize("level", [60, 180])
+def test_speckle_noise_grows_with_the_brightness(level: int) -> None:
+    found = corrupt(grey(level), "speckle_noise", 2) / 255
+    assert found.std() == pytest.approx(0.1 * level / 255, rel=0.03)
+
+
+def test_contrast_shrinks_towards_each_channels_mean() -> None:
+    images = scene()
+    mean = images.mean(axis=(1, 2), keepdims=True)
+    np.testing.assert_array_less(np.abs(corrupt(images, "contrast", 3) - (mean + 0.4 * (images - mean))), 1.0)
+
+
+def hsv_reference(pixel: np.ndarray, *, factor: float = 1.0, shift: float = 0.0, light: float = 0.0) -> list[float]:
+    hue, saturation, value = colorsys.rgb_to_hsv(*(pixel / 255))
+    saturation = min(1.0, max(0.0, saturation * factor + shift))
+    return [255 * c for c in colorsys.hsv_to_rgb(hue, saturation, min(1.0, value + light))]
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "change"),
+    [
+        ("brightness", 1, {"light": 0.05}),
+        ("brightness", 5, {"light": 0.3}),
+        ("saturate", 1, {"factor": 0.3}),
+        ("saturate", 2, {"factor": 0.1}),
+        ("saturate", 3, {"factor": 1.5}),
+        ("saturate", 5, {"factor": 2.5, "shift": 0.2}),
+    ],
+)
+def test_colour_changes_agree_with_the_standard_librarys_hsv(name: str, severity: int, change: dict) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 3), dtype=np.uint8)
+    pixels[:4] = [[0, 0, 0], [255, 255, 255], [77, 77, 77], [255, 0, 255]]
+    expected = np.array([hsv_reference(pixel, **change) for pixel in pixels])
+    found = corrupt(pixels.reshape(1, 20, 10, 3), name, severity).reshape(-1, 3)
+    assert np.all((expected - found > -1e-3) & (expected - found < 1.0))  # truncated, not rounded
+
+
+def test_brightness_of_one_channel_is_a_shift() -> None:
+    images = scene(channels=1) // 2
+    np.testing.assert_array_equal(corrupt(images, "brightness", 1), np.floor(images + 0.05 * 255))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg_is_pillows_of_the_published_quality(channels: int) -> None:
+    image = scene(1, channels=channels)[0]
+    stream = io.BytesIO()
+    PIL.Image.fromarray(image.squeeze()).save(stream, "JPEG", quality=58)
+    expected = np.asarray(PIL.Image.open(stream)).reshape(image.shape)
+    np.testing.assert_array_equal(corrupt(image[None], "jpeg_compression", 3)[0], expected)
+
+
+def test_pixelate_leaves_the_mean_and_removes_detail() -> None:
+    checkers = (np.indices((1, 40, 40, 3)).sum(0) % 2 * 255).astype(np.uint8)
+    found = corrupt(checkers, "pixelate", 5)
+    assert found.mean() == pytest.approx(127.5, abs=3)
+    assert found.std() < 0.5 * checkers.std()
+
+
+def test_defocus_blurs_by_a_disk() -> None:
+    kernel = disk(1.5, 0.1)
+    assert kernel.sum() == pytest.approx(1)
+    np.testing.assert_allclose(kernel[1:4, 1:4], 1 / 9, atol=1e-6)
+    image = scene(1).astype(float) / 255
+    padded = torch.nn.functional.pad(torch.from_numpy(image).permute(0, 3, 1, 2), (2,) * 4, mode="reflect")
+    weight = torch.from_numpy(kernel).expand(3, 1, 5, 5)
+    expected = torch.nn.functional.conv2d(padded, weight, groups=3).permute(0, 2, 3, 1) * 255
+    error = expected.numpy() - corrupt(scene(1), "defocus_blur", 5)
+    assert error.min() > -1e-3
+    assert error.max() < 1
+
+
+def test_zoom_blur_leaves_a_flat_image_and_smears_the_border_most() -> None:
+    np.testing.assert_array_equal(corrupt(grey(90), "zoom_blur", 5), grey(90))
+    point = np.zeros((1, 33, 33, 1), np.uint8)
+    point[0, 16, 16] = point[0, 2, 2] = 255
+    found = corrupt(point, "zoom_blur", 5)[0, :, :, 0]
+    assert found[16, 16] > 1.5 * found[2, 2] > 0
+
+
+def test_glass_blur_moves_pixels_by_one_per_round() -> None:
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None, None] * 4, (32, 32, 3))[None]
+    moved = (ramp.astype(int) - corrupt(ramp, "glass_blur", 1))[0, :, :, 0]
+    assert set(np.unique(moved[2:, 2:])) == {0, 4}
+    assert not moved[:2].any()
+    assert not moved[:, :2].any()
+    np.testing.assert_allclose((moved[2:, 2:] == 4).mean(), 0.5, atol=0.06)
+
+
+def test_elastic_transform_moves_but_keeps_the_palette() -> None:
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    image[0, 8:24, 8:24] = 200
+    found = corrupt(image, "elastic_transform", 5)
+    assert found.max() >= 199
+    assert found.mean() == pytest.approx(image.mean(), rel=0.25)
+    assert difference(image, "elastic_transform", 5) > 2
+
+
+def test_fog_never_brightens_the_brightest_pixel_and_lightens_the_dark() -> None:
+    images = scene()
+    found = corrupt(images, "fog", 5)
+    assert found.max() <= images.max()
+    dark = images < 60
+    assert found[dark].mean() > images[dark].mean()
+
+
+@given(st.integers(2, 70), st.floats(1.5, 3.0), st.integers(0, 5))
+def test_plasma_is_a_periodic_map_in_the_unit_range(size: int, decay: float, seed: int) -> None:
+    cloud = plasma(size, decay, np.random.default_rng(seed))
+    assert cloud.min() == 0
+    assert cloud.max() == 1
+    assert cloud.shape[0] >= size > cloud.shape[0] // 2
+
+
+def test_plasma_is_smoother_with_a_faster_decay() -> None:
+    rough, smooth = (plasma(64, decay, np.random.default_rng(0)) for decay in (1.75, 3.0))
+    assert np.abs(np.diff(smooth)).mean() < 0.8 * np.abs(np.diff(rough)).mean()
+    wrap = np.abs(smooth[:, 0] - smooth[:, -1]).mean()
+    assert wrap < 3 * np.abs(np.diff(smooth)).mean()
+
+
+def test_drifts_at_full_strength_are_what_their_names_say() -> None:
+    images = scene()
+    np.testing.assert_array_equal(corrupt(images, "invert", 5), 255 - images)
+    np.testing.assert_array_equal(corrupt(images, "rotate", 5), np.rot90(images, 1, axes=(1, 2)))
+    np.testing.assert_array_equal(corrupt(images, "darken", 2), images // 2)
+    assert corrupt(images, "low_light", 5).max() <= 26
+    assert set(DRIFTS) == {"invert", "rotate", "darken", "low_light", "fog_noise"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"name": "rain"}, ValueError, "no corruption 'rain'; there are gaussian_noise"),
+        ({"severity": 0}, ValueError, "from 1 to 5, got 0"),
+        ({"severity": 6}, ValueError, "from 1 to 5, got 6"),
+        ({"severity": 2.0}, ValueError, "from 1 to 5, got 2.0"),
+        ({"images": np.zeros((1, 8, 8, 3), np.float32)}, TypeError, "uint8, got float32"),
+        ({"images": np.zeros((8, 8, 3), np.uint8)}, ValueError, r"got \(8, 8, 3\)"),
+        ({"images": np.zeros((1, 3, 8, 8), np.uint8)}, ValueError, r"got \(1, 3, 8, 8\)"),
+        ({"images": np.zeros((1, 0, 8, 3), np.uint8)}, ValueError, r"got \(1, 0, 8, 3\)"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, error: type[Exception], text: str) -> None:
+    given = {"images": scene(1), "name": "fog", "severity": 1} | change
+    with pytest.raises(error, match=text):
+        corrupt(given["images"], given["name"], given["severity"])
+
+
+def test_no_images_give_no_images() -> None:
+    assert corrupt(np.zeros((0, 8, 8, 3), np.uint8), "fog", 1).shape == (0, 8, 8, 3)

@@ -1,0 +1,58 @@
+"""The reference pages say what the code has: manifest fields, and the public names of each package."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from lorac_runtime import manifest
+
+SECTIONS = (
+    manifest.Manifest,
+    manifest.InputSpec,
+    manifest.OutputSpec,
+    manifest.Adapter,
+    manifest.Trainable,
+    manifest.BatchNorm,
+    manifest.Patch,
+    manifest.FileEntry,
+    manifest.TrainingDefaults,
+    manifest.EngineEntry,
+)
+MOST_NAMES = 15
+
+
+def code_words(text: str) -> set[str]:
+    """Everything that stands in backticks."""
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def promised(text: str, package: str) -> set[str]:
+    """The names that the section ``## package`` of docs/api.md lists in the first column of its table."""
+    _, _, rest = text.partition(f"## {package}\n")
+    section = rest.split("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)[^`]*` \|", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
+def test_the_artifact_page_names_every_manifest_field(section: type, root: Path) -> None:
+    words = code_words((root / "docs" / "artifact.md").read_text(encoding="utf-8"))
+    fields = {field.name for field in dataclasses.fields(section)}
+    assert fields - words == set()
+
+
+def test_a_field_that_the_artifact_page_lacks_is_noticed(root: Path) -> None:
+    assert "surprise" not in code_words((root / "docs" / "artifact.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", ["lorac_runtime", "lorac_exporters", "lorac_deploy"])
+def test_public_names_are_those_promised(package: str, root: Path) -> None:
+    module = importlib.import_module(package)
+    names = promised((root / "docs" / "api.md").read_text(encoding="utf-8"), package)
+    assert names == set(module.__all__)
+    assert 0 < len(names) <= MOST_NAMES
+    assert all(hasattr(module, name) for name in names)
