@@ -45,5 +45,5 @@ def resnet20_checkpoint(out: Path, folder: Path = DATA) -> Path:
     spec = ModelSpec(name="resnet20", classes=10)
     module = build(spec)
     load_weights(module, folder / "weights" / "resnet20_cifar10_akamaster.safetensors")
-    save_checkpoint(out, module, spec, INPUT, NAMES)
+    save_checkpoint(out, module, spec, input_spec=INPUT, class_names=NAMES, metrics={})
     return out

@@ -113,6 +113,47 @@ def has_test_split(name_or_path: str | Path) -> bool:
     return str(name_or_path) in NAMED or "test" in folder_splits(Path(name_or_path))
 
 
+def named(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """The same images and labels under other class names, in label order.
+
+    >>> data = Dataset(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), ("0", "1"))
+    >>> named(data, ("cat", "dog")).class_names
+    ('cat', 'dog')
+
+    Raises ValueError if there are too few names, or one is there twice.
+    """
+    found = len(dataset.class_names)
+    if len(class_names) < found or len(set(class_names)) < len(class_names):
+        raise ValueError(f"the data have {found} classes, which need as many different names, got {list(class_names)}")
+    return Dataset(dataset.images, dataset.labels, tuple(class_names))
+
+
+def with_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """The same images with labels that are numbers of ``class_names``.
+
+    Classes are found by name. Where the data have no names of their own but numbers from 0, as in an ``.npz`` file,
+    these numbers are taken as they are.
+
+    >>> data = Dataset(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), ("cat", "dog"))
+    >>> with_classes(data, ("bird", "dog", "cat")).labels.tolist()
+    [2, 1]
+
+    Raises DataError naming the classes that are not among ``class_names``.
+    """
+    numbers = {name: number for number, name in enumerate(class_names)}
+    unknown = [name for name in dataset.class_names if name not in numbers]
+    if not unknown:
+        order = np.array([numbers[name] for name in dataset.class_names], np.int64)
+        return Dataset(dataset.images, order[dataset.labels], tuple(class_names))
+    unnamed = dataset.class_names == tuple(str(number) for number in range(len(dataset.class_names)))
+    if unnamed and len(dataset.class_names) <= len(class_names):
+        return Dataset(dataset.images, dataset.labels, tuple(class_names))
+    raise DataError(
+        f"the data's classes {', '.join(unknown)} are none of the network's: {', '.join(class_names)}. Give the data "
+        "the network's class names, or the network a new head (--new-head)"
+    )
+
+
 def input_spec(images: npt.NDArray[np.uint8], normalization: str = "data") -> InputSpec:
     """How a network is to see images of this shape: pixels / 255, then a mean and a std per channel.
 

@@ -95,7 +95,8 @@ def _from_onnx(source: OnnxSource, seed: int) -> tuple[ir.Model, str, InputSpec,
     )
     if len(spec.mean) != spec.shape[0] or len(spec.std) != spec.shape[0]:
         raise ConversionError(
-            f"{source.path} takes {spec.shape[0]} channels, but mean has {len(spec.mean)} values and std {len(spec.std)}"
+            f"{source.path} takes {spec.shape[0]} channels, but mean has {len(spec.mean)} values and std "
+            f"{len(spec.std)}; give one value per channel"
         )
     width = find_head(model).classes
     classes = width if source.num_classes is None else source.num_classes

@@ -23,7 +23,7 @@ from torch import nn
 
 from lorac_deploy.data import Dataset
 from lorac_deploy.lora import METHODS, LoraConfig, detach, report_of, select_trainable
-from lorac_deploy.train_checks import identity, require_fit
+from lorac_deploy.train_checks import identity, require_classes, require_fit
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
 from lorac_deploy.training_report import TrainReport
 from lorac_deploy.training_run import OnProgress, Run, evaluate
@@ -43,7 +43,7 @@ def train(
     lora: LoraConfig | None = None,
     test: Dataset | None = None,
     state: Path | None = None,
-    resume: bool = False,
+    restart: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TrainReport:
     """Train a plain ``module`` in place by a method of `METHODS`; it is left prepared, with the kept weights.
@@ -51,19 +51,19 @@ def train(
     If anything is raised, ``module`` is plain and as it was, to the bit.
 
     ``config`` defaults to the method's own (`DEFAULTS`). A part of ``dataset`` is held out for validation; ``test``
-    images are looked at in the end only. With a file ``state`` the run can be resumed after each epoch, and ends as
-    if it had never been interrupted (same machine, same number of threads). Order, augmentation and dropout follow
-    from ``config.seed``; global random states are not touched. Afterwards `lorac_deploy.lora.fuse` gives a plain
+    images are looked at in the end only. With a file ``state``, written after each epoch, the same call goes on where
+    a run was interrupted, and ends as if it had not been (same machine, same number of threads); ``restart`` begins
+    anew. Order, augmentation and dropout follow from ``config.seed``; global random states are not touched.
+    Afterwards remove the file; `lorac_deploy.lora.fuse` gives a plain
     network, `lorac_deploy.adapter_files.save_module_adapter` an adapter file.
 
     Raises DivergenceError if the loss becomes non-finite; DataError, ValueError or ConversionError if data, module
-    and settings do not fit together; CheckpointError if there is no such run to resume; OutputError.
+    and settings do not fit together; CheckpointError if ``state`` is of another run; OutputError.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    if resume and state is None:
-        raise ValueError("resume needs the file that holds the state of the interrupted run")
     config, lora = config or DEFAULTS[method], lora or LoraConfig()
+    require_classes(dataset)
     for images in [dataset] if test is None else [dataset, test]:
         require_fit(module, images, input_spec)
     who = identity(module, dataset, input_spec, method=method, config=config, lora=lora)
@@ -71,16 +71,16 @@ def train(
     try:
         with _threads(config.threads), _channels_last(module):
             run = Run(module, dataset, input_spec, config=config, on_progress=on_progress)
-            _carry_out(run, who, state, resume=resume)
+            _carry_out(run, who, state, restart=restart)
             return _report(run, test)
     except BaseException:
         detach(module)
         raise
 
 
-def _carry_out(run: Run, who: dict[str, str], state: Path | None, *, resume: bool) -> None:
+def _carry_out(run: Run, who: dict[str, str], state: Path | None, *, restart: bool) -> None:
     """All epochs that are left, the state saved after each; the module ends with the kept weights."""
-    if resume and state is not None:
+    if state is not None and state.exists() and not restart:
         run.restore(load_state(state, who))
     else:
         run.begin()

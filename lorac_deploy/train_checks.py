@@ -19,21 +19,26 @@ from lorac_runtime.manifest import InputSpec
 
 
 def require_fit(module: nn.Module, dataset: Dataset, spec: InputSpec) -> None:
-    """Raise where the network cannot be trained on these images.
+    """Raise where the network cannot classify these images.
 
-    Raises DataError for too few classes or images of another shape; ConversionError if the network cannot process
-    an image; ValueError if its outputs are not the classes.
+    Raises DataError for images of another shape; ConversionError if the network cannot process an image; ValueError
+    if its outputs are not the classes.
     """
-    if len(np.unique(dataset.labels)) < 2:
-        raise DataError(
-            f"{len(dataset)} images of {len(np.unique(dataset.labels))} class cannot train a classifier: it would "
-            "learn to always give one answer. Give images of at least two classes"
-        )
     if dataset.shape != spec.shape:
         raise DataError(f"the images are {dataset.shape} (channels, height, width), the network takes {spec.shape}")
     outputs = _outputs(module, dataset, spec)
     if outputs != len(dataset.class_names):
         raise ValueError(f"the network has {outputs} outputs, the data {len(dataset.class_names)} classes")
+
+
+def require_classes(dataset: Dataset) -> None:
+    """Raise DataError for images of fewer than two classes."""
+    present = np.unique(dataset.labels)
+    if len(present) < 2:
+        raise DataError(
+            f"there are {len(dataset)} images of {len(present)} class: a network trained on them would always give "
+            "the same answer. Give images of at least two classes"
+        )
 
 
 def require_batches(samples: int, steps: int, config: TrainConfig) -> None:

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import field
+from typing import Any, Literal
 
 from lorac_runtime.manifest import BN_POLICIES, BnPolicy
 
 Optimizer = Literal["adamw", "sgd"]
 Augment = Literal["none", "crop", "crop-flip"]
 Keep = Literal["best", "last"]
-OPTIMIZERS: tuple[Optimizer, ...] = ("adamw", "sgd")
-AUGMENTS: tuple[Augment, ...] = ("none", "crop", "crop-flip")
-KEEPS: tuple[Keep, ...] = ("best", "last")
 PEAK_LR: dict[Optimizer, float] = {"adamw": 1e-3, "sgd": 0.05}
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. `DEFAULTS` has one for each method.
+def _shown(text: str, *choices: str) -> dict[str, Any]:
+    """What the command line shows of a field: its help text and choices."""
+    return {"help": text, "choices": choices}
 
-    ``lr``: peak of a linear warm-up over ``warmup`` (fraction of all steps), then a cosine decay; None takes
-    `PEAK_LR` of the optimizer. ``momentum``: SGD's, or AdamW's beta1. ``weight_decay``: on tensors of more than
-    one dimension only. ``clip_norm``: largest norm of the gradient, 0 for no limit. ``bn_policy``: what becomes of
-    batch normalisation. ``augment``: ``crop`` shifts by up to an eighth of each side, ``crop-flip`` mirrors half of
-    the images too. ``val_fraction``: held out of the training images, to watch and to choose by. ``keep``: the epoch
-    with the best validation accuracy (the latest of equals), or the last one. ``threads``: of PyTorch, None as it
-    is; their number may change the last digits.
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train; the command line's options are these fields. `DEFAULTS` has one for each method.
+
+    ``lr`` is the peak of a linear warm-up over ``warmup`` (fraction of all steps) and a cosine decay; None takes
+    `PEAK_LR` of the optimizer. Of epochs with equal validation accuracy ``keep="best"`` takes the latest.
 
     Raises ValueError naming every value out of range.
 
@@ -35,25 +33,49 @@ class TrainConfig:
     (0.05, 0.5)
     """
 
-    epochs: int = 10
-    batch_size: int = 32
-    optimizer: Optimizer = "adamw"
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.3
-    clip_norm: float = 1.0
-    bn_policy: BnPolicy = "frozen"
-    augment: Augment = "none"
-    val_fraction: float = 0.1
-    keep: Keep = "best"
-    seed: int = 0
-    threads: int | None = None
+    epochs: int = field(default=10, metadata=_shown("passes over the training images"))
+    batch_size: int = field(default=32, metadata=_shown("images per step, at most"))
+    optimizer: Optimizer = field(default="adamw", metadata=_shown("how steps are made", "adamw", "sgd"))
+    lr: float | None = field(
+        default=None, metadata=_shown("peak learning rate; unless given, 0.001 with adamw and 0.05 with sgd")
+    )
+    momentum: float = field(default=0.9, metadata=_shown("of sgd; beta1 of adamw"))
+    weight_decay: float = field(default=5e-4, metadata=_shown("on tensors of more than one dimension"))
+    warmup: float = field(
+        default=0.3, metadata=_shown("share of all steps in which the learning rate rises, 0 to 1; then it falls to 0")
+    )
+    clip_norm: float = field(default=1.0, metadata=_shown("largest norm of the gradient, 0 for no limit"))
+    bn_policy: BnPolicy = field(
+        default="frozen",
+        metadata=_shown(
+            "batch normalisation: constants, batch statistics, or constants estimated anew on the training images",
+            *BN_POLICIES,
+        ),
+    )
+    augment: Augment = field(
+        default="none",
+        metadata=_shown(
+            "shift images by up to an eighth of each side (crop), and mirror half of them (crop-flip)",
+            *("none", "crop", "crop-flip"),
+        ),
+    )
+    val_fraction: float = field(
+        default=0.1, metadata=_shown("share of the training images, by class, held out to watch and choose by")
+    )
+    keep: Keep = field(
+        default="best", metadata=_shown("the epoch with the best validation accuracy, or the last", "best", "last")
+    )
+    seed: int = field(
+        default=0, metadata=_shown("of the split, the order of images, augmentation, dropout and first values")
+    )
+    threads: int | None = field(
+        default=None, metadata=_shown("of PyTorch; another number may change the last digits of the results")
+    )
 
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
         if self.keep == "best" and self.val_fraction == 0:
-            problems.append("keep is 'best', which needs validation images (val_fraction above 0), or keep='last'")
+            problems.append("keep is 'best', which needs validation images (val_fraction above 0), or keep 'last'")
         if problems:
             raise ValueError("these training settings cannot be used: " + "; ".join(problems))
 
@@ -67,12 +89,12 @@ def _number_problems(c: TrainConfig) -> list[str]:
     limits = (
         ("epochs", c.epochs, c.epochs >= 1, "at least 1"),
         ("batch_size", c.batch_size, c.batch_size >= 1, "at least 1"),
-        ("lr", c.lr, c.lr is None or (math.isfinite(c.lr) and c.lr > 0), "positive"),
-        ("momentum", c.momentum, 0 <= c.momentum < 1, "from 0 to below 1"),
+        ("lr", c.lr, c.lr is None or (math.isfinite(c.lr) and c.lr > 0), "a positive number"),
+        ("momentum", c.momentum, 0 <= c.momentum < 1, "0 or more and below 1"),
         ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "0 or more"),
-        ("warmup", c.warmup, 0 <= c.warmup <= 1, "a fraction, 0 to 1"),
+        ("warmup", c.warmup, 0 <= c.warmup <= 1, "0 to 1"),
         ("clip_norm", c.clip_norm, 0 <= c.clip_norm < math.inf, "0 or more"),
-        ("val_fraction", c.val_fraction, 0 <= c.val_fraction < 1, "a fraction below 1"),
+        ("val_fraction", c.val_fraction, 0 <= c.val_fraction < 1, "0 or more and below 1"),
         ("seed", c.seed, 0 <= c.seed < 2**63, "0 or more"),
         ("threads", c.threads, c.threads is None or c.threads >= 1, "at least 1"),
     )
@@ -80,13 +102,13 @@ def _number_problems(c: TrainConfig) -> list[str]:
 
 
 def _choice_problems(c: TrainConfig) -> list[str]:
-    choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("optimizer", c.optimizer, OPTIMIZERS),
-        ("bn_policy", c.bn_policy, BN_POLICIES),
-        ("augment", c.augment, AUGMENTS),
-        ("keep", c.keep, KEEPS),
-    )
-    return [f"{n} is {v!r}, expected one of {', '.join(allowed)}" for n, v, allowed in choices if v not in allowed]
+    choices = {f.name: f.metadata["choices"] for f in dataclasses.fields(c) if f.metadata["choices"]}
+    given = {name: getattr(c, name) for name in choices}
+    return [
+        f"{name} is {value!r}, expected one of {', '.join(choices[name])}"
+        for name, value in given.items()
+        if value not in choices[name]
+    ]
 
 
 DEFAULTS: dict[str, TrainConfig] = {

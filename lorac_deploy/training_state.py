@@ -26,6 +26,7 @@ from lorac_runtime.schema import decode
 
 STATE = "training_state.safetensors"
 FORMAT = "lorac-training-state-1"
+ADVICE = "Begin anew (--restart) or choose another output folder"
 Tensors = dict[str, Tensor]
 
 
@@ -69,10 +70,8 @@ def save_state(path: Path, state: TrainingState) -> None:
 def load_state(path: Path, identity: Mapping[str, str]) -> TrainingState:
     """Read a state of a run with this very ``identity``.
 
-    Raises CheckpointError if there is none, it is damaged, or listing what is another than in that run.
+    Raises CheckpointError if it cannot be read, or listing what is another than in that run.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} not found: there is no interrupted run to resume; start without --resume")
     tensors, facts = _read(path)
     different = [
         f"{key} was {facts.identity.get(key)}, now {identity.get(key)}"
@@ -80,8 +79,7 @@ def load_state(path: Path, identity: Mapping[str, str]) -> TrainingState:
         if facts.identity.get(key) != identity.get(key)
     ]
     if different:
-        advice = "resume with the settings and data of the interrupted run, or start without --resume"
-        raise CheckpointError(listed(f"{path} is of another run ({advice}):", different))
+        raise CheckpointError(listed(f"{path} is of an interrupted run that was another one. {ADVICE}:", different))
     optimizer: dict[str, Tensors] = {}
     for name, value in _below("optimizer/", tensors).items():
         parameter, _, key = name.rpartition("/")
@@ -114,11 +112,11 @@ def _read(path: Path) -> tuple[Tensors, RunFacts]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  the handle is no mapping
             raw: Any = json.loads((file.metadata() or {}).get("facts", "null"))
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError, struct.error) as err:
-        raise CheckpointError(f"{path} is damaged ({err}); start without --resume") from err
+        raise CheckpointError(f"{path} is damaged ({err}). {ADVICE}") from err
     problems: list[str] = []
     facts = decode(RunFacts, raw, "", problems)
     if facts is None or facts.format != FORMAT:
-        raise CheckpointError(listed(f"{path} is not a state of this version; start without --resume:", problems))
+        raise CheckpointError(listed(f"{path} is not a state of this version. {ADVICE}:", problems))
     return tensors, facts
 
 

@@ -85,9 +85,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} not found: give the path of a .safetensors or .pth file of weights")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pytorch(path)
-    for key in _NESTS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping) and (nests := [n for n in _NESTS if isinstance(content.get(n), Mapping)]):
+        content = content[nests[0]]
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no state dict: expected tensors by name, at the top or under state_dict")
     return {_modern(str(key).removeprefix("module.")): value for key, value in content.items()}

@@ -11,9 +11,12 @@ adapters of conv2 and conv3, fc.weight and fc.bias.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -220,19 +223,33 @@ def _generate(model: onnx.ModelProto, folder: Path, trained: list[str], recipe: 
     else:
         optimizer = onnxblock.optim.AdamW(eps=1e-8, weight_decay=recipe.weight_decay, clip_grad=clip)
     frozen = [i.name for i in model.graph.initializer if "." in i.name and i.name not in trained]
-    artifacts.generate_artifacts(
-        model,
-        requires_grad=trained,
-        frozen_params=frozen,
-        loss=artifacts.LossType.CrossEntropyLoss,
-        optimizer=optimizer,
-        artifact_directory=str(folder),
-        additional_output_names=["logits"],
-    )
+    with _silent():
+        artifacts.generate_artifacts(
+            model,
+            requires_grad=trained,
+            frozen_params=frozen,
+            loss=artifacts.LossType.CrossEntropyLoss,
+            optimizer=optimizer,
+            artifact_directory=str(folder),
+            additional_output_names=["logits"],
+        )
     for name in ENGINE_FILES[:3]:
         proto = onnx.load(folder / name)
         proto.ir_version = 9
         onnx.save(proto, folder / name)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The generator writes hundreds of lines to file descriptor 2, whatever the severity is set to."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as sink:  # noqa: PTH123
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _write_engine_files(folder: Path, recipe: Recipe, values: Arrays, trained: list[str]) -> None:

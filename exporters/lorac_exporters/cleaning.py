@@ -166,6 +166,9 @@ def strip(model: ir.Model) -> None:
     kept = dict(model.metadata_props)
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.update(kept)
+    outputs = (v for node in model.graph for v in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        value.metadata_props.clear()  # the pass above leaves these
     model.ir_version, model.doc_string, model.domain, model.model_version = IR_VERSION, None, None, None
     model.producer_name, model.producer_version = PRODUCER, None
     for domain in [d for d in model.opset_imports if d != ""]:

@@ -129,7 +129,7 @@ def _edges(model: onnx.ModelProto) -> list[str]:
 def _attributes(model: onnx.ModelProto) -> list[str]:
     """Each node's attributes as text; sorted, since their order means nothing."""
     return [
-        f"{node.name}({', '.join(sorted(onnx.helper.printable_attribute(a) for a in node.attribute))})"
+        f"{node.name}({', '.join(sorted(f'{a.name}={onnx.helper.get_attribute_value(a)!r}' for a in node.attribute))})"
         for node in model.graph.node
     ]
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lorac_exporters import preflight, training_ort
 from lorac_exporters.canonical import Canonical, canonicalize
-from lorac_exporters.inject import conv_bias_names, describe, inject
+from lorac_exporters.inject import describe, inject
 from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
 from lorac_exporters.preprocessing import add_preprocessing
 from lorac_exporters.rewrites import rewrite_for_training
@@ -103,8 +103,7 @@ def _network(base: Canonical, original: Canonical, policy: BnPolicy) -> Network:
     if policy != "batch":
         return describe(base, original)
     network = describe(original, original)
-    idle = conv_bias_names(base.batchnorms)
-    convs = tuple(dataclasses.replace(c, bias=None) if c.bias in idle else c for c in network.convs)
+    convs = tuple(dataclasses.replace(c, bias=None) if c.bias in original.added else c for c in network.convs)
     return dataclasses.replace(network, convs=convs)
 
 

@@ -18,7 +18,7 @@ from lorac_exporters.heads import find_head
 from lorac_exporters.plan import ConvLayer, Network, Plan
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import ConversionError
-from lorac_runtime.manifest import Adapter, BatchNorm
+from lorac_runtime.manifest import Adapter
 
 Floats = npt.NDArray[np.float32]
 
@@ -143,8 +143,3 @@ def _conv_layer(node: ir.Node) -> ConvLayer:
 
 def _has_batchnorm_nodes(canonical: Canonical) -> bool:
     return any(node.op_type == "BatchNormalization" for node in canonical.model.graph)
-
-
-def conv_bias_names(batchnorms: tuple[BatchNorm, ...]) -> set[str]:
-    """Biases of convolutions that a BN follows: under batch statistics they have no effect on the output."""
-    return {bn.folded_into[1] for bn in batchnorms if not bn.affine}

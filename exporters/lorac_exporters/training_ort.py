@@ -42,6 +42,7 @@ def write(model: ir.Model, folder: Path, *, trainable: list[str], frozen: list[s
     """
     artifacts, version = _import_artifacts()
     proto = _prepared(model)
+    _restart_name_counter()
     try:
         with _quiet_native_log():
             artifacts.generate_artifacts(
@@ -79,6 +80,13 @@ def _optimizer(defaults: TrainingDefaults) -> Any:
         f"optimizer {defaults.optimizer!r} with weight decay {defaults.weight_decay} is not offered by "
         f"onnxruntime-training; choose one of {', '.join(OPTIMIZERS)} (sgd only without weight decay)"
     )
+
+
+def _restart_name_counter() -> None:
+    """Names of added nodes carry a number that counts over the whole process; equal exports must give equal bytes."""
+    from onnxruntime.training.onnxblock import _graph_utils
+
+    _graph_utils._GRAPH_TOKEN = 0
 
 
 def _set_ir_version(path: Path) -> None:

@@ -195,7 +195,8 @@ def _show(report: ExportReport) -> None:
     table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
     table.add_row(
         "files",
-        f"{sum(f.nbytes for f in manifest.files.values()) / 1e6:.1f} MB, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB",
+        f"{sum(f.nbytes for f in manifest.files.values()) / 1e6:.1f} MB in all, "
+        f"base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB",
     )
     console = Console()
     console.print(table)

@@ -64,7 +64,7 @@ def run_loop(out: Path, device_python: Path, console: Console) -> Results:
         model_parameters=manifest.model_parameters,
         engine=report["engine"],
         drop_in=drop_in,
-        losses=tuple(report["losses"]),
+        losses=tuple(report["epoch_losses"]),
         step_seconds=report["step_seconds"],
         peak_memory_bytes=report["peak_memory_bytes"],
         device_environment_bytes=device.installed_bytes(device_python),

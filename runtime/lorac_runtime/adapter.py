@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import AdapterError, listed
-from lorac_runtime.expected import adapter_problems
+from lorac_runtime.expected import adapter_problems, missing_batchnorm
 from lorac_runtime.files import atomic_write
 from lorac_runtime.folding import fold_bias, fold_factor, fold_rows, scale_rows
 from lorac_runtime.manifest import Adapter, BatchNorm, Manifest
@@ -111,25 +111,20 @@ def to_manifest_coordinates(manifest: Manifest, batchnorm: Tensors, file: Adapte
     if file.metadata["coordinates"] == manifest.coordinates:
         return state
     current = {**batchnorm, **file.tensors}
-    trained = {t.name: t.shape for t in manifest.trainables}
-    adapters = {a.weight: a for a in manifest.adapters}
-    for bn in manifest.batchnorms:
-        _require(bn, current)
-        if bn.affine:
-            state.update(_affine(bn, current, trained))
-        else:
-            state.update(_folded(bn, adapters.get(bn.folded_into[0]), current, trained))
-    return state
-
-
-def _require(bn: BatchNorm, current: Tensors) -> None:
-    names = (bn.weight, bn.bias, bn.running_mean, bn.running_var, f"{bn.name}.conv_bias")
-    missing = [name for name in names[: 4 if bn.affine else 5] if name not in current]
+    missing = missing_batchnorm(manifest, current)
     if missing:
         raise AdapterError(
             f"the adapter counts from unfolded weights, but the artifact has no {', '.join(missing)}: "
             "export the artifact again from the checkpoint that the adapter was trained on"
         )
+    trained = {t.name: t.shape for t in manifest.trainables}
+    adapters = {a.weight: a for a in manifest.adapters}
+    for bn in manifest.batchnorms:
+        if bn.affine:
+            state.update(_affine(bn, current, trained))
+        else:
+            state.update(_folded(bn, adapters.get(bn.folded_into[0]), current, trained))
+    return state
 
 
 def _folded(bn: BatchNorm, adapter: Adapter | None, current: Tensors, trained: dict[str, tuple[int, ...]]) -> Tensors:

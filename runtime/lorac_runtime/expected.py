@@ -36,6 +36,21 @@ def adapter_problems(manifest: Manifest, tensors: Tensors, metadata: Mapping[str
     return _metadata_problems(manifest, metadata) + _tensor_problems(manifest, tensors, required, optional)
 
 
+def missing_batchnorm(manifest: Manifest, tensors: Tensors) -> list[str]:
+    """Names that batchnorm.safetensors should hold for this artifact and ``tensors`` lack.
+
+    >>> from types import SimpleNamespace as Some
+    >>> norm = Some(name="bn", weight="w", bias="b", running_mean="m", running_var="v", affine=False)
+    >>> missing_batchnorm(Some(batchnorms=[norm]), {"w": 0, "b": 0, "m": 0})
+    ['v', 'bn.conv_bias']
+    """
+    wanted: list[str] = []
+    for bn in manifest.batchnorms:
+        wanted += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        wanted += [] if bn.affine else [f"{bn.name}.conv_bias"]
+    return [name for name in wanted if name not in tensors]
+
+
 def _expected(manifest: Manifest) -> tuple[Shapes, Shapes]:
     """Names and shapes of what must be there, and of what may be."""
     required: Shapes = {t.name: t.shape for t in manifest.trainables}

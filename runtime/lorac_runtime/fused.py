@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lorac_runtime.delta import conv_dims, delta
 from lorac_runtime.errors import ArtifactError
+from lorac_runtime.expected import missing_batchnorm
 from lorac_runtime.folding import Doubles, fold_bias, fold_factor, fold_rows, refold_weight, scale_rows
 from lorac_runtime.manifest import Adapter, BatchNorm, Manifest
 
@@ -83,11 +84,11 @@ def _sites(manifest: Manifest, state: Tensors, batchnorm: Tensors) -> dict[str, 
     wanted = "unfolded" if manifest.bn_policy == "batch" else "folded"
     if manifest.batchnorms and manifest.coordinates != wanted:
         raise ArtifactError(f"bn_policy {manifest.bn_policy!r} needs {wanted} coordinates; export the artifact again")
+    missing = missing_batchnorm(manifest, batchnorm)
+    if missing:
+        raise ArtifactError(f"batchnorm.safetensors has no {', '.join(missing)}; export the artifact again")
     after = dict(batchnorm) | _batchnorm_part(manifest, state)
-    try:
-        return {bn.folded_into[0]: _Site(bn, batchnorm, after) for bn in manifest.batchnorms}
-    except KeyError as err:
-        raise ArtifactError(f"batchnorm.safetensors has no {err}; export the artifact again") from err
+    return {bn.folded_into[0]: _Site(bn, batchnorm, after) for bn in manifest.batchnorms}
 
 
 def _batchnorm_part(manifest: Manifest, state: Tensors) -> dict[str, Array]:

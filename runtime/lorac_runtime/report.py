@@ -23,7 +23,10 @@ FILE_NAME = "report.json"
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneReport:
-    """A finished run. ``losses`` has a value per step; accuracies are shares of the held-out images, or None.
+    """A finished run. ``losses`` has a value per step.
+
+    ``accuracy_before`` and ``_after`` are shares of the held-out images, ``loss_before`` and ``_after`` the mean loss
+    there; None where none were held out.
 
     ``step_seconds`` is the median of the engine's steps. ``seconds`` is the whole run's time, resumed parts
     included; ``fuse_seconds`` is what fusing took beside reading and writing the file. ``peak_memory_bytes`` is
@@ -37,6 +40,8 @@ class FinetuneReport:
     bn_policy: str
     accuracy_before: float | None
     accuracy_after: float | None
+    loss_before: float | None
+    loss_after: float | None
     losses: tuple[float, ...]
     epoch_losses: tuple[float, ...]
     train_images: int

@@ -55,7 +55,7 @@ def save(out: Path, engine: Engine, run: Run, *, history: History) -> None:
         flush_folder(folder.parent)
     except (OSError, EngineError) as err:
         shutil.rmtree(folder, ignore_errors=True)
-        raise OutputError(f"cannot write a checkpoint to {folder}: {err}. Is there enough space?") from err
+        raise OutputError(f"a checkpoint could not be written: {err}. Is there enough space in {out}?") from err
     content = dataclasses.asdict(Checkpoint(SCHEMA, run, history, files))
     atomic_write(out / FOLDER / FILE_NAME, json.dumps(content, allow_nan=False).encode())
     for other in (out / FOLDER).glob("epoch-*"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorac_runtime.adapter import load_adapter, save_adapter, to_manifest_coordi
 from lorac_runtime.config import FinetuneConfig, Settings
 from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_split
 from lorac_runtime.engines import Engine, open_engine
-from lorac_runtime.errors import AdapterError, DivergenceError, OutputError, listed
+from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import FUSED, check_outputs
 from lorac_runtime.patch import batchnorm_tensors, fuse
@@ -33,7 +34,7 @@ from lorac_runtime.report import (
     versions,
     write_report,
 )
-from lorac_runtime.training import History, OnProgress, Progress, Samples, accuracy, diverged, train_epoch
+from lorac_runtime.training import History, OnProgress, Progress, Samples, diverged, evaluate, train_epoch
 
 __all__ = ["FinetuneConfig", "FinetuneReport", "Progress", "finetune"]
 
@@ -53,6 +54,13 @@ class _Job:
     start: dict[str, npt.NDArray[Any]]
     metadata: dict[str, str]
     run: dict[str, str]
+
+    @property
+    def probe(self) -> Samples:
+        """What the model is evaluated on: the held-out images, without any a first batch to see that it is sound."""
+        if len(self.held_out):
+            return self.held_out
+        return dataclasses.replace(self.training, index=self.training.index[: self.settings.batch_size])
 
 
 def finetune(
@@ -149,12 +157,16 @@ def _resumed_or_begun(engine: Engine, job: _Job, *, restart: bool) -> History:
         engine.load_state(job.start)
     except ValueError as err:
         raise AdapterError(str(err)) from err
-    before = accuracy(engine, job.held_out)
-    if before is None:
+    if not len(job.held_out):
         log.info("no images are held out: there will be no accuracies")
+    before = evaluate(engine, job.probe)
+    if not math.isfinite(before.loss):
+        raise ArtifactError(
+            f"the loss is {before.loss} before any training: the base, or the adapter it starts from, is not sound"
+        )
     if job.manifest.bn_policy == "recalibrate":
         engine.recalibrate(job.training.load(batch)[0] for batch in job.training.batches())
-    return History(accuracy_before=before)
+    return History(before=before)
 
 
 def _trained(engine: Engine, job: _Job, history: History, *, on_progress: OnProgress) -> History:
@@ -170,7 +182,10 @@ def _trained(engine: Engine, job: _Job, history: History, *, on_progress: OnProg
 
 def _written(engine: Engine, job: _Job, history: History, *, started: float) -> FinetuneReport:
     """Accuracy, files and report of a trained model; the report comes last and ends the run."""
-    after, state = accuracy(engine, job.held_out), engine.state()
+    after, state = evaluate(engine, job.probe), engine.state()
+    if not math.isfinite(after.loss):
+        raise DivergenceError(diverged(f"the loss is {after.loss} after the last step", job.settings))
+    before = history.before if len(job.held_out) else None
     save_adapter(job.out / ADAPTER, state, job.metadata)
     fused = fuse(job.artifact, job.out / FUSED, state)
     manifest = job.manifest
@@ -179,8 +194,10 @@ def _written(engine: Engine, job: _Job, history: History, *, started: float) -> 
         method=manifest.method,
         model=manifest.model,
         bn_policy=manifest.bn_policy,
-        accuracy_before=history.accuracy_before,
-        accuracy_after=after,
+        accuracy_before=before.accuracy if before else None,
+        accuracy_after=after.accuracy if before else None,
+        loss_before=before.loss if before else None,
+        loss_after=after.loss if before else None,
         losses=history.losses,
         epoch_losses=history.epoch_losses,
         train_images=len(job.training),

@@ -55,6 +55,14 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean loss, and the share of images that were classified rightly."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
 class History:
     """What has happened after ``epoch`` whole epochs. ``losses`` and ``step_seconds`` have a value per step."""
 
@@ -63,7 +71,7 @@ class History:
     epoch_losses: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
     seconds: float = 0.0
-    accuracy_before: float | None = None
+    before: Evaluation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +111,15 @@ class Samples:
         return preprocess(self.data.images[batch], self.spec), self.data.labels[batch]
 
 
-def accuracy(engine: Engine, samples: Samples) -> float | None:
-    """Share of the samples that the engine's model classifies rightly; None for no samples."""
-    if not len(samples):
-        return None
-    right = 0
+def evaluate(engine: Engine, samples: Samples) -> Evaluation:
+    """How the engine's model does on some samples, at least one, as it stands; changes nothing."""
+    loss, right = 0.0, 0
     for batch in samples.batches():
         images, labels = samples.load(batch)
-        _, logits = engine.eval_step(images, labels)
+        batch_loss, logits = engine.eval_step(images, labels)
+        loss += batch_loss * len(batch)
         right += int(np.count_nonzero(logits.argmax(axis=1) == labels))
-    return right / len(samples)
+    return Evaluation(loss / len(samples), right / len(samples))
 
 
 def train_epoch(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ Labels = npt.NDArray[np.int64]
 NAME = "onnxruntime-training"
 CHECKPOINT = "checkpoint"
 BN_FILE = "batchnorm.safetensors"  # beside a saved checkpoint, under BN policy `recalibrate`
+WHERE_IN_THE_LIBRARY = re.compile(r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", re.DOTALL)
 OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "bad allocation")
 
 
@@ -232,7 +234,7 @@ def _translated(action: str) -> Iterator[None]:
         # The training API raises RuntimeError; the exceptions of InferenceSession share only this module.
         if not isinstance(err, RuntimeError) and not type(err).__module__.startswith("onnxruntime."):
             raise
-        text = str(err)
+        text = WHERE_IN_THE_LIBRARY.sub("", str(err)).strip()
         if any(sign in text.lower() for sign in OUT_OF_MEMORY):
             raise MemoryError(f"onnxruntime-training could not {action}: not enough memory") from err
         raise EngineError(f"onnxruntime-training could not {action}: {text}") from err

@@ -1,0 +1,111 @@
+"""Options that are made from settings: each field of a dataclass becomes one, its default stands beside the field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lorac_deploy.train_config import DEFAULTS, TrainConfig
+from lorac_exporters.plan import BIASES, SMALL_LAYERS, LoraConfig
+from lorac_runtime.delta import LAYOUTS, RANK_MODES
+
+_NAMES = {"bn_policy": "bn"}  # field -> option, where it is not the field's name
+
+
+def sizes(text: str) -> tuple[int, int]:
+    """``HEIGHT,WIDTH`` or one number for both.
+
+    >>> sizes("224"), sizes("96,128")
+    ((224, 224), (96, 128))
+    """
+    parts = [int(part) for part in text.split(",")]
+    if len(parts) > 2 or min(parts) < 1:
+        raise ValueError(text)
+    return parts[0], parts[-1]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Comma-separated names.
+
+    >>> names("cat, dog")
+    ('cat', 'dog')
+    """
+    return tuple(part.strip() for part in text.split(","))
+
+
+def add_training_options(p: argparse.ArgumentParser) -> None:
+    """An option for each field of `TrainConfig`; those not given are None (see `training_config`)."""
+    g = p.add_argument_group("training")
+    for field in dataclasses.fields(TrainConfig):
+        g.add_argument(
+            "--" + _NAMES.get(field.name, field.name).replace("_", "-"),
+            dest=field.name,
+            type=_type(field),
+            choices=field.metadata["choices"] or None,
+            help=f"{field.metadata['help']} ({_default(field.name)})",
+        )
+
+
+def training_config(method: str, args: argparse.Namespace) -> TrainConfig:
+    """The method's defaults, and what was given instead. Raises ValueError for a value out of range."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)}
+    return dataclasses.replace(DEFAULTS[method], **_stated(given))
+
+
+def add_lora_options(p: argparse.ArgumentParser) -> None:
+    """Options for the fields of `LoraConfig`; those not given are None (see `lora_config`)."""
+    default = LoraConfig()
+    g = p.add_argument_group("LoRA-C (with --method lora-c)")
+    g.add_argument("--rank", type=int, help=f"nominal rank r (default: {default.rank})")
+    g.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 2 * rank)")
+    g.add_argument(
+        "--rank-mode",
+        choices=RANK_MODES,
+        help=f"inner rank r * kernel width (rk), r, or rk below ResNet-50's size (default: {default.rank_mode})",
+    )
+    g.add_argument("--layout", choices=LAYOUTS, help=f"how B A becomes a kernel (default: {default.layout})")
+    g.add_argument(
+        "--learnable-alpha",
+        action="store_const",
+        const=True,
+        help=f"train alpha of every adapter too (default: {'yes' if default.learnable_alpha else 'no'})",
+    )
+    g.add_argument("--biases", choices=BIASES, help=f"biases that train besides (default: {default.biases})")
+    g.add_argument(
+        "--small-layers",
+        choices=SMALL_LAYERS,
+        help=f"layers whose adapter would not be smaller than the weight (default: {default.small_layers})",
+    )
+
+
+def lora_config(args: argparse.Namespace, seed: int) -> LoraConfig:
+    """The settings given, the defaults for the others. Raises ValueError for a value out of range."""
+    return LoraConfig(**lora_given(args), seed=seed)
+
+
+def lora_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The LoRA-C options that were given, by field."""
+    fields = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "seed"]
+    return _stated({name: getattr(args, name) for name in fields})
+
+
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _type(field: dataclasses.Field[Any]) -> type:
+    kinds = {"int": int, "int | None": int, "float": float, "float | None": float}
+    return kinds.get(str(field.type), str)
+
+
+def _default(name: str) -> str:
+    """The default in words; per method where they differ."""
+    by_method = {method: getattr(config, name) for method, config in DEFAULTS.items()}
+    values = set(by_method.values())
+    if values == {None}:
+        return "default: unset"
+    if len(values) == 1:
+        return f"default: {values.pop()}"
+    return "default: " + ", ".join(f"{value} for {method}" for method, value in by_method.items())

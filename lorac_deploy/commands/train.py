@@ -1,0 +1,242 @@
+"""`lorac-deploy train`: train or fine-tune a CNN in PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from lorac_deploy.commands._common import guarded, usage_errors
+from lorac_deploy.commands._options import (
+    add_lora_options,
+    add_training_options,
+    lora_config,
+    lora_given,
+    names,
+    sizes,
+    training_config,
+)
+from lorac_deploy.train_config import DEFAULTS, TrainConfig
+from lorac_exporters.plan import LoraConfig
+
+if TYPE_CHECKING:  # they import PyTorch
+    from lorac_deploy.data import Dataset, Split
+    from lorac_deploy.start import Start
+    from lorac_deploy.training_report import Progress, TrainReport
+
+    Prepared = tuple[Start, Dataset, Dataset | None]
+
+MODEL = "resnet18"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(
+        prog="lorac-deploy train",
+        usage="%(prog)s --data DATA --out OUT [--base FOLDER | --model NAME] [--method METHOD] [options]",
+        description="Train or fine-tune a CNN in PyTorch. The same command goes on where it was interrupted.",
+    )
+    p.add_argument("--method", choices=tuple(DEFAULTS), default="full", help="what trains (default: %(default)s)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="output folder: a checkpoint, or with lora-c adapter.safetensors; report.json and plot.png",
+    )
+    p.add_argument("--restart", action="store_true", help="begin anew, whatever an interrupted run left in --out")
+    _add_data_options(p)
+    _add_network_options(p)
+    add_training_options(p)
+    add_lora_options(p)
+    return p
+
+
+def _add_data_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("data")
+    g.add_argument(
+        "--data",
+        required=True,
+        help="digits, cifar10, cifar100, an .npz file (images, labels), or a folder with one sub-folder per class",
+    )
+    g.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
+    g.add_argument("--download", action="store_true", help="download CIFAR into --data-root if it is not there")
+    g.add_argument(
+        "--size", type=sizes, help="resize images to HEIGHT,WIDTH or a square (default: as stored; digits 32)"
+    )
+    g.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: 3)")
+    g.add_argument("--class-names", type=names, help="comma-separated, in label order (default: the data's own)")
+    g.add_argument(
+        "--normalize",
+        choices=("data", "imagenet", "cifar10", "cifar100"),
+        help="mean and deviation: of the training images, or known ones (default: known for CIFAR and with --weights, "
+        "else data)",
+    )
+
+
+def _add_network_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("network")
+    g.add_argument("--base", type=Path, help="start from this checkpoint folder; it says model, input and classes")
+    g.add_argument("--new-head", action="store_true", help="with --base: a fresh head for the data's classes")
+    g.add_argument("--model", help=f"a network by name (default: {MODEL}; an unknown name lists all)")
+    g.add_argument("--cifar-stem", action="store_true", help="a stem that keeps the resolution of small images")
+    g.add_argument(
+        "--weights", type=Path, help="start from a .pth or .safetensors file, or from torchvision's: imagenet"
+    )
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    p = parser()
+    args = p.parse_args(argv)
+    _refuse_idle_options(p, args)
+    console = Console(stderr=True, highlight=False)
+    with usage_errors(p):  # settings that fit neither each other nor the data
+        config = training_config(args.method, args)
+        lora = lora_config(args, config.seed)
+        with console.status("reading data and network"):
+            prepared = _prepared(args, config.seed)
+        report, saved = _run(args, console, prepared, config=config, lora=lora)
+    _show(report, saved, console)
+    return 0
+
+
+def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """An option that would change nothing is a mistake."""
+    if args.base is not None:
+        told = ("model", "cifar_stem", "weights", "size", "channels", "normalize")
+        _refuse(p, args, told, "says what the checkpoint of --base says itself")
+    elif args.new_head:
+        p.error("--new-head goes with --base; other networks get a head for the data's classes anyway")
+    elif args.method != "full" and args.weights is None:
+        p.error(f"--method {args.method} fine-tunes a trained network: give --base or --weights")
+    if not args.data.startswith("cifar"):
+        _refuse(p, args, ("data_root", "download"), "goes with cifar10 and cifar100")
+    if args.method != "lora-c":
+        _refuse(p, args, tuple(lora_given(args)), "goes with --method lora-c")
+
+
+def _refuse(p: argparse.ArgumentParser, args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:
+    given = [name for name in options if getattr(args, name) not in (None, False)]
+    if given:
+        p.error(f"--{given[0].replace('_', '-')} {why}")
+
+
+def _prepared(args: argparse.Namespace, seed: int) -> Prepared:
+    """The starting network, training images and, where there are any, test images, that fit each other."""
+    from lorac_deploy.data import has_test_split, with_classes
+    from lorac_deploy.start import from_checkpoint, with_new_head
+
+    start = None if args.base is None else from_checkpoint(args.base)
+    dataset = _load(args, start, "train")
+    test = _load(args, start, "test") if has_test_split(args.data) else None
+    if start is None:
+        return _new_network(args, dataset, seed), dataset, test
+    if args.new_head:
+        return with_new_head(start, dataset.class_names, seed=seed), dataset, test
+    known = start.class_names
+    return start, with_classes(dataset, known), None if test is None else with_classes(test, known)
+
+
+def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Dataset:
+    from lorac_deploy.data import load_dataset, named
+
+    size, channels = args.size, args.channels or 3
+    if start is not None:
+        channels, size = start.input.shape[0], start.input.shape[1:]
+    dataset = load_dataset(
+        args.data, split=split, size=size, channels=channels, root=args.data_root, download=args.download
+    )
+    return dataset if args.class_names is None else named(dataset, args.class_names)
+
+
+def _new_network(args: argparse.Namespace, dataset: Dataset, seed: int) -> Start:
+    from lorac_deploy.data import input_spec
+    from lorac_deploy.models import ModelSpec
+    from lorac_deploy.start import from_model
+
+    spec = ModelSpec(args.model or MODEL, len(dataset.class_names), args.cifar_stem, dataset.shape[0])
+    known = args.data if args.data.startswith("cifar") else "imagenet" if args.weights else "data"
+    normalization = args.normalize or (known if dataset.shape[0] == 3 else "data")
+    return from_model(
+        spec,
+        input_spec(dataset.images, normalization),
+        class_names=dataset.class_names,
+        weights=args.weights,
+        seed=seed,
+    )
+
+
+def _run(
+    args: argparse.Namespace, console: Console, prepared: Prepared, *, config: TrainConfig, lora: LoraConfig
+) -> tuple[TrainReport, Path]:
+    """Train with a progress bar, and save."""
+    from lorac_deploy.train import train
+    from lorac_deploy.training_outputs import save_training
+    from lorac_deploy.training_state import STATE
+    from lorac_runtime.files import output_folder
+
+    start, dataset, test = prepared
+    if start.fresh:
+        console.print(f"these tensors start fresh: {', '.join(start.fresh)}")
+    state = output_folder(args.out) / STATE
+    with _Display(console) as display:
+        report = train(
+            start.module,
+            dataset,
+            input_spec=start.input,
+            method=args.method,
+            config=config,
+            lora=lora,
+            test=test,
+            state=state,
+            restart=args.restart,
+            on_progress=display.show,
+        )
+    saved = save_training(args.out, start, report)
+    state.unlink()
+    return report, saved
+
+
+class _Display:
+    """A progress bar over all epochs, and a line for each."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, p: Progress) -> None:
+        """Show a step; after validation, a line that stays."""
+        text = f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}"
+        done = (p.epoch - 1) * p.steps + p.step
+        self._bar.update(self._task, description=text, completed=done, total=p.epochs * p.steps)
+        if p.val_accuracy is not None:
+            self._bar.console.print(f"{text}  validation {p.val_accuracy:.1%}")
+
+
+def _show(report: TrainReport, saved: Path, console: Console) -> None:
+    table = Table(show_header=False, title=str(saved))
+    share = report.trained_parameters / report.model_parameters
+    table.add_row("trained", f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})")
+    table.add_row("images", f"{report.train_images} for training, {report.val_images} for validation")
+    before, after = report.accuracy_before, report.val_accuracy
+    if before is not None and after is not None:
+        table.add_row("validation", f"{before:.1%} before, {after:.1%} after (epoch {report.kept_epoch})")
+    if report.test_accuracy is not None:
+        table.add_row("test", f"{report.test_accuracy:.1%} of images that played no part in training")
+    table.add_row("time", f"{report.seconds:.1f} s")
+    console.print(table)

@@ -1,0 +1,415 @@
+"""Adapter files between PyTorch and a device: settings, tensors, coordinates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import touch_adapters, trained
+from torch import Tensor, nn
+
+from lorac_deploy.adapter_files import attach_adapter, coordinates, load_module_adapter, save_module_adapter
+from lorac_deploy.batchnorm import bn_tensors, recalibrate
+from lorac_deploy.folding import conv_bn_pairs, fold_batchnorm
+from lorac_deploy.lora import LoraConfig, adapter_tensors, attach, fuse, report_of, select_trainable
+from lorac_runtime.adapter import load_adapter, save_adapter
+from lorac_runtime.delta import LAYOUTS, Layout
+from lorac_runtime.errors import AdapterError
+
+FILE = "adapter.safetensors"
+
+
+def tiny(seed: int = 0) -> nn.Sequential:
+    """Two Conv + BN pairs (the second grouped and with a bias), a bare 1x1 convolution, a head; BN has seen data."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, (3, 2), groups=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+    for layer in (net[1], net[3]):
+        for value in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            nn.init.uniform_(value, 0.5, 2.0)
+    with torch.no_grad():
+        net[1].weight[2] = -1.5
+    return net.eval()
+
+
+SMALL = LoraConfig(rank=1)
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+def from_device(path: Path, net: nn.Module, config: LoraConfig = SMALL, *, policy: Any = "frozen") -> Tensor:
+    """Write what a device would after training: folded coordinates, touched. Returns the device's outputs."""
+    device = fold_batchnorm(net)
+    attach(device, config)
+    touch_adapters(device, size=0.1)
+    save_module_adapter(path, device, model="tiny")
+    if policy != "frozen":
+        file = load_adapter(path)
+        tensors = file.tensors | {n: t.numpy() for n, t in bn_tensors(net).items()}
+        save_adapter(path, tensors, file.metadata | {"bn_policy": policy})
+    return device(images())
+
+
+def rewrite(path: Path, tensors: dict[str, Any] | None = None, **metadata: str) -> None:
+    """Change entries of an adapter file; a tensor None is taken out."""
+    file = load_adapter(path)
+    changed = {n: v for n, v in (file.tensors | (tensors or {})).items() if v is not None}
+    save_adapter(path, changed, file.metadata | metadata)
+
+
+@pytest.mark.parametrize("method", ["lora-c", "head", "full"])
+@pytest.mark.parametrize("policy", ["frozen", "batch", "recalibrate"])
+def test_a_file_gives_back_the_network_that_wrote_it(tmp_path: Path, method: str, policy: Any) -> None:
+    net, other = tiny(), tiny()
+    for module in (net, other):
+        select_trainable(module, method, LoraConfig(rank=1, learnable_alpha=True), bn_policy=policy)
+    touch_adapters(net)
+    if policy != "frozen":
+        recalibrate(net, [images()])
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    load_module_adapter(tmp_path / FILE, other)
+    assert torch.equal(other.eval()(images()), net.eval()(images()))
+    written = set(load_adapter(tmp_path / FILE).tensors)
+    assert written == set(adapter_tensors(net)) | (set(bn_tensors(net)) if policy != "frozen" else set())
+
+
+def test_the_metadata_says_all_that_was_set(tmp_path: Path) -> None:
+    net = tiny()
+    attach(net, LoraConfig(rank=1, alpha=3.5, layout="paper", rank_mode="r"), bn_policy="batch")
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    metadata = load_adapter(tmp_path / FILE).metadata
+    assert metadata.pop("producer").startswith("lorac-deploy ")
+    assert metadata == {
+        "format": "lorac-adapter",
+        "schema": "1",
+        "model": "tiny",
+        "method": "lora-c",
+        "layout": "paper",
+        "r": "1",
+        "rank_mode": "r",
+        "alpha": "3.5",
+        "bn_policy": "batch",
+        "coordinates": "unfolded",
+        "base_sha256": "",
+    }
+
+
+def test_tensors_are_written_as_float32_whatever_the_network_is(tmp_path: Path) -> None:
+    net = tiny().double()
+    attach(net, SMALL)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    assert {v.dtype for v in load_adapter(tmp_path / FILE).tensors.values()} == {np.dtype("float32")}
+
+
+class DataDependent(nn.Sequential):
+    """A forward pass that torch.fx cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (tiny(), "unfolded"),
+        (fold_batchnorm(tiny()), "folded"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2)), "folded"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Linear(4, 2)), "folded"),
+        (DataDependent(*tiny()), "unfolded"),
+        (DataDependent(*fold_batchnorm(tiny())), "folded"),
+    ],
+    ids=["pairs", "folded", "no BN", "BN alone", "not traceable", "not traceable, no BN"],
+)
+def test_coordinates_are_unfolded_where_an_export_would_fold(net: nn.Module, expected: str) -> None:
+    assert coordinates(net) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", ["frozen", "recalibrate"])
+def test_a_devices_adapter_gives_the_devices_outputs_in_the_unfolded_network(
+    tmp_path: Path, layout: Layout, policy: Any
+) -> None:
+    config = LoraConfig(rank=1, layout=layout)
+    expected = from_device(tmp_path / FILE, tiny(), config, policy=policy)
+    net = tiny()
+    attach(net, config, bn_policy=policy)
+    load_module_adapter(tmp_path / FILE, net)
+    torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+    file = load_adapter(tmp_path / FILE)
+    assert not np.allclose(net[2].lora_b.detach().numpy(), file.tensors["2.lora_b"], atol=1e-3)
+    assert np.array_equal(net[2].lora_a.detach().numpy(), file.tensors["2.lora_a"])
+    torch.testing.assert_close(fuse(net)(images()), net(images()))
+
+
+def test_statistics_in_the_file_decide_how_it_is_unfolded(tmp_path: Path) -> None:
+    """A device under `recalibrate` folds with its own statistics; the network here has others."""
+    recalibrated = tiny()
+    for layer in (recalibrated[1], recalibrated[3]):
+        layer.running_var *= 3
+        layer.running_mean += 1
+    expected = from_device(tmp_path / FILE, recalibrated, policy="recalibrate")
+    net = tiny()
+    attach(net, SMALL, bn_policy="recalibrate")
+    load_module_adapter(tmp_path / FILE, net)
+    torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+    assert torch.equal(net[1].running_var, recalibrated[1].running_var)
+
+
+def test_a_resnets_device_adapter_comes_back(tmp_path: Path) -> None:
+    net, x = trained("resnet18"), torch.randn(2, 3, 32, 32)
+    device = fold_batchnorm(net)
+    attach(device, LoraConfig())
+    touch_adapters(device)
+    save_module_adapter(tmp_path / FILE, device, model="resnet18")
+    report = attach_adapter(tmp_path / FILE, net)
+    assert report.trained_parameters == report_of(device).trained_parameters
+    expected = device(x)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+def test_trained_biases_of_convolutions_that_have_one_are_unfolded(tmp_path: Path) -> None:
+    config = LoraConfig(rank=1, biases="all")
+    net = tiny()
+    net[0] = nn.Conv2d(3, 8, 3)
+    expected = from_device(tmp_path / FILE, net, config)
+    attach(net, config)
+    load_module_adapter(tmp_path / FILE, net)
+    torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+def test_trained_biases_of_convolutions_without_one_need_the_folded_network(tmp_path: Path) -> None:
+    config = LoraConfig(rank=1, biases="all")
+    expected = from_device(tmp_path / FILE, tiny(), config)
+    net = tiny()
+    attach(net, config)
+    with pytest.raises(AdapterError, match=r"(?s)0.bias is not trained in this network.*use fold_batchnorm\(network\)"):
+        load_module_adapter(tmp_path / FILE, net)
+    folded = fold_batchnorm(tiny())
+    attach_adapter(tmp_path / FILE, folded)
+    assert torch.equal(folded(images()), expected)
+
+
+@pytest.mark.parametrize("g", [1e-6, 1e-11])
+def test_small_factors_are_no_obstacle(tmp_path: Path, g: float) -> None:
+    nets = [tiny(), tiny()]
+    for net in nets:
+        net[1].weight.data[3] = net[3].weight.data[5] = g
+    expected = from_device(tmp_path / FILE, nets[0])
+    attach_adapter(tmp_path / FILE, nets[1])
+    torch.testing.assert_close(nets[1](images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("g", [0.0, 1e-14])
+def test_rows_trained_where_the_factor_is_near_zero_are_refused_with_advice(tmp_path: Path, g: float) -> None:
+    nets = [tiny(), tiny()]
+    for net in nets:
+        net[1].weight.data[3] = net[3].weight.data[5] = g
+    expected = from_device(tmp_path / FILE, nets[0])
+    before = {name: value.clone() for name, value in nets[1].state_dict().items()}
+    with pytest.raises(AdapterError) as error:
+        attach_adapter(tmp_path / FILE, nets[1])
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == ["  - 0.weight", "  - 2.lora_b"]
+    assert "1 rows were trained where gamma / sigma of 1 is near zero" in lines[0]
+    assert "3 rows" in lines[1]  # one output channel, three kernel rows
+    assert "use the fused file, or load the adapter into fold_batchnorm(network)" in lines[1]
+    assert all(torch.equal(value, before[name]) for name, value in nets[1].state_dict().items())
+    folded = fold_batchnorm(nets[1])
+    attach_adapter(tmp_path / FILE, folded)
+    assert torch.equal(folded(images()), expected)
+
+
+def test_untrained_rows_pass_where_the_factor_is_zero(tmp_path: Path) -> None:
+    net = tiny()
+    net[1].weight.data[3] = net[3].weight.data[5] = 0.0
+    net[1].weight.data[4] = 1e-14
+    device = fold_batchnorm(net)
+    attach(device, LoraConfig(rank=1, biases="all"))
+    save_module_adapter(tmp_path / FILE, device, model="tiny")
+    rewrite(tmp_path / FILE, {"0.bias": None})
+    own, bias = net[0].weight.clone(), net[2].bias.clone()
+    attach_adapter(tmp_path / FILE, net)
+    torch.testing.assert_close(net[0].weight, own)
+    torch.testing.assert_close(net[2].bias, bias)
+
+
+def test_pairs_can_be_given_where_the_forward_pass_cannot_be_followed(tmp_path: Path) -> None:
+    expected = from_device(tmp_path / FILE, tiny())
+    net = DataDependent(*tiny())
+    attach_adapter(tmp_path / FILE, net, pairs=conv_bn_pairs(tiny()))
+    torch.testing.assert_close(nn.Sequential.forward(net, images()), expected, rtol=0, atol=1e-4)
+
+
+def test_an_unfolded_adapter_is_refused_by_a_network_without_bn_to_fold(tmp_path: Path) -> None:
+    net = tiny()
+    attach(net, SMALL)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    with pytest.raises(AdapterError, match="the file adds to weights before BN folding"):
+        attach_adapter(tmp_path / FILE, fold_batchnorm(tiny()))
+
+
+CONFIGS = [
+    SMALL,
+    LoraConfig(rank=2, alpha=1.5, layout="paper", rank_mode="r"),
+    LoraConfig(rank=1, learnable_alpha=True, biases="head"),
+    LoraConfig(rank=4, biases="all", small_layers="full"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_plain_network_is_prepared_as_the_file_says(tmp_path: Path, config: LoraConfig) -> None:
+    net, other = tiny(), tiny()
+    report = attach(net, config, bn_policy="batch")
+    touch_adapters(net)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    found = attach_adapter(tmp_path / FILE, other)
+    assert found.trainables == report.trainables
+    assert found.adapters == report.adapters
+    assert found.bn_policy == "batch"
+    assert torch.equal(other.eval()(images()), net.eval()(images()))
+
+
+@pytest.mark.parametrize("method", ["head", "full"])
+def test_other_methods_are_attached_by_their_files_too(tmp_path: Path, method: str) -> None:
+    net, other = tiny(), tiny()
+    select_trainable(net, method, SMALL)
+    touch_adapters(net)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    assert attach_adapter(tmp_path / FILE, other).method == method
+    assert torch.equal(other(images()), net.eval()(images()))
+
+
+def test_all_mismatches_of_settings_and_tensors_are_listed_and_nothing_changes(tmp_path: Path) -> None:
+    net = tiny()
+    attach(net, SMALL)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    rewrite(
+        tmp_path / FILE,
+        {"2.lora_a": None, "8.weight": np.zeros((4, 16), np.float32), "x": np.zeros(1, np.float32)},
+        layout="paper",
+        alpha="7.0",
+        r="2",
+        method="full",
+    )
+    before = adapter_tensors(net)
+    with pytest.raises(AdapterError) as error:
+        load_module_adapter(tmp_path / FILE, net)
+    assert str(error.value).splitlines()[1:] == [
+        "  - method: the file says 'full', this network has 'lora-c'",
+        "  - layout: the file says 'paper', this network has 'spatial'",
+        "  - r: the file says '2', this network has '1'",
+        "  - alpha: the file says '7.0', this network has '2.0'",
+        "  - 2.lora_a is missing",
+        "  - 8.weight has shape (4, 16), expected (5, 16)",
+        "  - x is not trained in this network",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in adapter_tensors(net).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"format": "other"}, "format: the file says"),  # what save_adapter writes itself is changed below
+        ({"coordinates": "sideways"}, "coordinates: expected 'folded' or 'unfolded', the file says 'sideways'"),
+        ({"bn_policy": "batch"}, "bn_policy: the file says 'batch', this network has 'frozen'"),
+        ({"alpha": "much"}, "alpha: the file says 'much'"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], text: str
+) -> None:
+    net = tiny()
+    attach(net, SMALL)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    if "format" in change:
+        monkeypatch.setattr("lorac_runtime.adapter.FORMAT", "other")
+    rewrite(tmp_path / FILE, **change)
+    with pytest.raises(AdapterError, match=text):
+        load_module_adapter(tmp_path / FILE, net)
+
+
+def test_a_learned_alpha_may_differ_from_the_setting(tmp_path: Path) -> None:
+    net, other = tiny(), tiny()
+    attach(net, LoraConfig(rank=1, alpha=3.0, learnable_alpha=True))
+    attach(other, LoraConfig(rank=1, alpha=5.0, learnable_alpha=True))
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    load_module_adapter(tmp_path / FILE, other)
+    assert other[2].lora_alpha.item() == 3.0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        ({"1.running_var": None}, "1.running_var is missing"),
+        ({"1.running_var": np.full(8, -1, np.float32)}, "1.running_var holds values that no statistic has"),
+        ({"3.running_mean": np.full(16, np.nan, np.float32)}, "3.running_mean holds values"),
+        ({"3.running_mean": np.zeros(3, np.float32)}, r"3.running_mean has shape \(3,\), expected \(16,\)"),
+    ],
+)
+def test_bad_statistics_are_refused_and_the_network_is_plain_again(
+    tmp_path: Path, tensors: dict[str, Any], text: str
+) -> None:
+    net, other = tiny(), tiny()
+    attach(net, SMALL, bn_policy="batch")
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    rewrite(tmp_path / FILE, tensors)
+    with pytest.raises(AdapterError, match=text):
+        attach_adapter(tmp_path / FILE, other)
+    assert type(other[2]) is nn.Conv2d
+    attach(other, SMALL)
+
+
+def test_statistics_are_refused_where_bn_is_frozen(tmp_path: Path) -> None:
+    net, other = tiny(), tiny()
+    attach(net, SMALL, bn_policy="batch")
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    rewrite(tmp_path / FILE, bn_policy="frozen")
+    with pytest.raises(AdapterError, match=r"1\.weight is BN's, which is frozen in this network"):
+        attach_adapter(tmp_path / FILE, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"method": "magic"}, "cannot be attached to this network: method 'magic'"),
+        ({"r": "two"}, "metadata cannot be used"),
+        ({"rank_mode": "kr"}, "rank mode 'kr'"),
+    ],
+)
+def test_metadata_that_no_network_can_follow_is_refused(tmp_path: Path, change: dict[str, str], text: str) -> None:
+    net, other = tiny(), tiny()
+    attach(net, SMALL)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    rewrite(tmp_path / FILE, **change)
+    with pytest.raises(AdapterError, match=text):
+        attach_adapter(tmp_path / FILE, other)
+    assert type(other[2]) is nn.Conv2d
+
+
+def test_a_prepared_network_is_not_prepared_again(tmp_path: Path) -> None:
+    net = tiny()
+    attach(net, SMALL)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    with pytest.raises(ValueError, match="already prepared"):
+        attach_adapter(tmp_path / FILE, net)
+    load_module_adapter(tmp_path / FILE, net)
+
+
+def test_saving_needs_a_prepared_network(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not prepared for training"):
+        save_module_adapter(tmp_path / FILE, tiny(), model="tiny")
+    assert not (tmp_path / FILE).exists()

@@ -1,0 +1,202 @@
+"""The artifact folder: what is written, that it is reproducible, and that a failed export harms nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from lorac_deploy.adapter_files import save_module_adapter
+from lorac_deploy.lora import attach
+from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
+from lorac_exporters.plan import LoraConfig
+from lorac_exporters.torch_graph import export_graph
+from lorac_exporters.verify import random_inputs, run_onnx
+from lorac_runtime import manifest as mf
+from lorac_runtime.adapter import load_adapter
+from lorac_runtime.engines import open_engine
+from lorac_runtime.errors import AdapterError, ConversionError, OutputError
+from lorac_runtime.manifest import InputSpec, TrainingDefaults
+
+SPEC = InputSpec("input", (3, 10, 10), 1 / 255, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+NAMES = ("a", "b", "c", "d")
+LORA = LoraConfig(rank=2, rank_mode="r")
+
+
+def network(*, width: int = 16, norm: bool = True, activation: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, bias=False)]
+    layers += [nn.BatchNorm2d(width)] if norm else []
+    layers += [activation or nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(width, 4))
+    if norm:
+        nn.init.uniform_(net[1].running_var, 0.5, 2.0)
+        nn.init.normal_(net[1].running_mean)
+    return net.eval()
+
+
+@functools.cache
+def exported() -> ir.Model:
+    """The default network's raw graph; the exporter works on copies of it."""
+    return export_graph(network(), SPEC.shape)
+
+
+def export(
+    out: Path, net: nn.Module | None = None, *, spec: InputSpec = SPEC, adapter: Path | None = None, **fields: object
+) -> ExportReport:
+    config = dataclasses.replace(ArtifactConfig(lora=LORA), **fields)  # type: ignore[arg-type]
+    graph = exported() if net is None else export_graph(net, SPEC.shape)
+    return write_artifact(graph, out, name="net", spec=spec, class_names=NAMES, config=config, adapter=adapter)
+
+
+def test_the_folder_holds_what_the_manifest_says(tmp_path: Path) -> None:
+    report = export(tmp_path / "artifact")
+    manifest = mf.load(tmp_path / "artifact")
+    assert manifest == report.manifest
+    mf.verify_files(tmp_path / "artifact", manifest)
+    present = {p.name for p in (tmp_path / "artifact").iterdir()}
+    assert present == set(manifest.files) | {mf.FILE_NAME}
+    assert {p.name for p in tmp_path.iterdir()} == {"artifact"}
+    assert [p.tensor for p in manifest.patches] == ["0.weight", "3.weight", "7.weight"]
+    assert manifest.trained_parameters == 16 * 27 + 2 * (48 + 48) + 4 * 16
+    assert manifest.model_parameters == sum(p.numel() for p in network().parameters())
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    first = export(tmp_path / "one", network(), bn_policy="recalibrate")
+    second = export(tmp_path / "two", network(), bn_policy="recalibrate")
+    different = [n for n, entry in first.manifest.files.items() if second.manifest.files[n] != entry]
+    assert different == []
+    assert (tmp_path / "one" / mf.FILE_NAME).read_bytes() == (tmp_path / "two" / mf.FILE_NAME).read_bytes()
+
+
+def test_every_onnx_file_is_of_ir_version_9(tmp_path: Path) -> None:
+    export(tmp_path / "artifact", bn_policy="recalibrate")
+    files = sorted((tmp_path / "artifact").glob("*.onnx"))
+    assert len(files) == 5
+    assert {onnx.load(path).ir_version for path in files} == {9}
+
+
+def test_raw_uint8_images_may_be_the_input(tmp_path: Path) -> None:
+    export(tmp_path / "raw", spec=dataclasses.replace(SPEC, in_graph=True))
+    export(tmp_path / "normalised")
+    manifest = mf.load(tmp_path / "raw")
+    images = random_inputs(manifest.input, 3, seed=0)
+    assert images.dtype == np.uint8
+    mean, std = np.array(SPEC.mean, np.float32), np.array(SPEC.std, np.float32)
+    floats = ((images.astype(np.float32) * np.float32(SPEC.scale) - mean) / std).transpose(0, 3, 1, 2)
+    expected = run_onnx(tmp_path / "normalised" / mf.BASE, floats)
+    np.testing.assert_allclose(run_onnx(tmp_path / "raw" / mf.BASE, images), expected, atol=1e-5)
+    engine = open_engine(tmp_path / "raw", manifest)
+    labels = np.array([0, 1, 2])
+    np.testing.assert_allclose(engine.eval_step(images, labels)[1], expected, atol=1e-5)
+    losses = [engine.train_step(images, labels, 1e-2) for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "head"),
+        ("bn_policy", "batch"),
+        ("lora", dataclasses.replace(LORA, layout="paper")),
+        ("lora", dataclasses.replace(LORA, rank=3)),
+        ("lora", dataclasses.replace(LORA, alpha=1.0)),
+        ("lora", dataclasses.replace(LORA, rank_mode="rk", rank=1)),
+        ("lora", dataclasses.replace(LORA, learnable_alpha=True)),
+        ("lora", dataclasses.replace(LORA, biases="all")),
+        ("lora", dataclasses.replace(LORA, seed=1)),
+        ("lora", dataclasses.replace(LORA, rank=16, small_layers="full")),
+        ("training", TrainingDefaults(optimizer="sgd")),
+        ("training", TrainingDefaults(clip_norm=0.5)),
+        ("training", TrainingDefaults(weight_decay=0.1)),
+        ("training", TrainingDefaults(lr=1e-2)),
+        ("training", TrainingDefaults(epochs=3)),
+        ("training", TrainingDefaults(batch_size=7)),
+        ("training", TrainingDefaults(warmup=0.1)),
+    ],
+)
+def test_every_setting_changes_the_artifact(tmp_path: Path, field: str, value: object) -> None:
+    changed = export(tmp_path / "changed", **{field: value}).manifest
+    default = export(tmp_path / "default").manifest
+    assert changed.to_json() != default.to_json()
+    if field == "training" and value != TrainingDefaults(lr=1e-2):
+        same_graph = changed.files["optimizer_model.onnx"] == default.files["optimizer_model.onnx"]
+        settings = changed.training
+        in_graph = (settings.optimizer, settings.clip_norm, settings.weight_decay) != ("adamw", 1.0, 0.0)
+        assert same_graph != in_graph
+
+
+def test_an_adapter_trained_in_pytorch_is_the_starting_state(tmp_path: Path) -> None:
+    net = network()
+    attach(net, LORA)
+    with torch.no_grad():
+        net[3].lora_b.normal_()
+    save_module_adapter(tmp_path / "cloud.safetensors", net, model="net")
+    export(tmp_path / "artifact", adapter=tmp_path / "cloud.safetensors")
+    engine = open_engine(tmp_path / "artifact", mf.load(tmp_path / "artifact"))
+    images = random_inputs(SPEC, 2, seed=1)
+    expected = net(torch.from_numpy(images)).detach().numpy()
+    np.testing.assert_allclose(engine.eval_step(images, np.array([0, 1]))[1], expected, atol=1e-5)
+    assert load_adapter(tmp_path / "artifact" / mf.ADAPTER).metadata["coordinates"] == "folded"
+
+
+def test_an_adapter_of_another_model_is_refused_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    net = network(width=8)
+    attach(net, LORA)
+    save_module_adapter(tmp_path / "other.safetensors", net, model="net")
+    with pytest.raises(AdapterError) as error:
+        export(tmp_path / "artifact", adapter=tmp_path / "other.safetensors")
+    for name in ("0.weight", "3.lora_a", "3.lora_b", "7.weight"):
+        assert name in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["other.safetensors"]
+
+
+def test_policy_recalibrate_cannot_start_from_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="--bn frozen"):
+        export(tmp_path / "artifact", adapter=tmp_path / "any.safetensors", bn_policy="recalibrate")
+
+
+@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
+def test_a_policy_that_needs_bn_is_refused_where_there_is_none(tmp_path: Path, policy: str) -> None:
+    with pytest.raises(ConversionError, match="already folded"):
+        export(tmp_path / "artifact", network(norm=False), bn_policy=policy)
+
+
+def test_operators_without_a_gradient_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cumsum(x, 1)
+
+    with pytest.raises(ConversionError, match="CumSum"):
+        export(tmp_path / "artifact", network(activation=Odd()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_artifact_is_replaced_and_anything_else_is_not(tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    export(out)
+    assert export(out, method="head").manifest == mf.load(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(OutputError, match="not a training artifact"):
+        export(tmp_path / "photos")
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        export(tmp_path / "file")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lion"])
+def test_an_optimizer_the_engine_does_not_have_is_refused(tmp_path: Path, optimizer: str) -> None:
+    with pytest.raises(ValueError, match=optimizer):
+        export(tmp_path / "artifact", training=TrainingDefaults(optimizer=optimizer, weight_decay=0.1))
+    assert list(tmp_path.iterdir()) == []

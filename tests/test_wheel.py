@@ -1,0 +1,123 @@
+"""Importing the training wheel: without frameworks, and with a clear word where it is missing or another build."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from isolated import run_isolated
+
+from lorac_runtime.engines import wheel
+from lorac_runtime.errors import EngineError
+
+LOAD = """
+import sys
+from lorac_runtime.engines import wheel
+from lorac_runtime.errors import EngineError
+try:
+    found = wheel.load()
+    print(found.version, found.api.Module.__name__)
+except EngineError as err:
+    print(err)
+"""
+
+
+def loaded(packages: Path, root: Path, code: str = LOAD) -> str:
+    """Output of ``code`` where only numpy, safetensors and what lies in ``packages`` are installed."""
+    done = run_isolated(["-c", code], packages, path=[root / "runtime"])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fake(packages: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = packages / "onnxruntime" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_missing_wheel_gives_the_pip_command(tmp_path: Path, root: Path) -> None:
+    text = loaded(tmp_path, root)
+    assert "pip install onnxruntime-training-cpu==1.19.2" in text
+
+
+def test_plain_onnxruntime_is_told_from_the_training_build(tmp_path: Path, root: Path) -> None:
+    fake(tmp_path, {"__init__.py": "__version__ = '1.31.1'", "capi/__init__.py": ""})
+    text = loaded(tmp_path, root)
+    assert "is plain onnxruntime, which cannot train" in text
+    assert "cannot share an environment" in text
+    assert "pip install onnxruntime-training-cpu==1.19.2" in text
+
+
+def test_a_plain_build_written_over_the_training_build_is_noticed(tmp_path: Path, root: Path) -> None:
+    files = {
+        "__init__.py": "__version__ = '1.31.1'",
+        "capi/__init__.py": "",
+        "capi/_pybind_state.py": "Session = 1",
+        "training/api/__init__.py": "",
+    }
+    fake(tmp_path, files)
+    assert "cannot share an environment" in loaded(tmp_path, root)
+
+
+def test_a_wheel_that_does_not_load_gives_the_reason(tmp_path: Path, root: Path) -> None:
+    fake(tmp_path, {"__init__.py": "raise ImportError('GLIBC_2.99 not found')", "training/api/__init__.py": ""})
+    text = loaded(tmp_path, root, LOAD + "\nprint('onnxruntime.training' in sys.modules)")
+    assert "does not load: GLIBC_2.99 not found" in text
+    assert text.endswith("False\n")  # the stand-in is gone, so a later attempt starts clean
+
+
+@pytest.mark.parametrize(
+    ("python", "system", "machine", "reason"),
+    [
+        ((3, 13), "linux", "x86_64", True),
+        ((3, 11), "linux", "aarch64", True),
+        ((3, 11), "linux", "x86_64", False),
+        ((3, 12), "win32", "AMD64", False),
+        ((3, 12), "darwin", "arm64", False),
+    ],
+)
+def test_where_pip_finds_no_build_the_reason_is_given(
+    monkeypatch: pytest.MonkeyPatch, python: tuple[int, int], system: str, machine: str, reason: bool
+) -> None:
+    monkeypatch.setattr(sys, "version_info", python)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError) as caught:
+        wheel.load()
+    assert ("it has no build for Python" in str(caught.value)) == reason
+    assert not reason or machine in str(caught.value)
+
+
+AFTER = """
+import sys
+sys.path.append(sys.argv[1])
+from lorac_runtime.engines import wheel
+first = wheel.load()
+assert wheel.load().api is first.api
+import os
+print(os.environ["ORT_DISABLE_TELEMETRY"], *{m.split(".")[0] for m in sys.modules} & {"torch", "onnx", "sympy", "h5py"})
+from onnxruntime.training import artifacts                    # the exporter's import still works afterwards
+print(hasattr(artifacts, "generate_artifacts"))
+"""
+BEFORE = """
+import onnxruntime.training, onnxruntime
+from lorac_runtime.engines import wheel
+print(wheel.load().api.Module is onnxruntime.training.api.Module, onnxruntime.training.__file__ is not None)
+"""
+
+
+def test_the_wheel_loads_alone_and_does_not_stand_in_the_way_of_the_exporter() -> None:
+    done = subprocess.run([sys.executable, "-c", AFTER, ""], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1", "True"]
+
+
+def test_a_package_that_was_imported_whole_is_used_as_it_is() -> None:
+    done = subprocess.run([sys.executable, "-c", BEFORE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
