@@ -16,7 +16,18 @@ from lorac_runtime.data import stratified_split
 from lorac_runtime.errors import DataError
 from lorac_runtime.manifest import InputSpec
 
-DATA_NAMES: tuple[str, ...] = tuple(NAMED)
+__all__ = [
+    "NORMALIZATIONS",
+    "Dataset",
+    "Split",
+    "has_test_split",
+    "input_spec",
+    "load_dataset",
+    "named",
+    "split_validation",
+    "with_classes",
+]
+
 DIGITS_SIZE = (32, 32)  # stored at 8 x 8
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, in units of pixel / 255
 NORMALIZATIONS: dict[str, Statistics] = {

@@ -286,7 +286,7 @@ def test_files_that_are_no_data_are_refused(run: Run, data: Path) -> None:
         assert "is not a readable .npz" in stderr
     data.unlink()
     status, _, stderr = run()
-    assert (status, "not found" in stderr) == (1, True)
+    assert (status, "cannot be read" in stderr) == (1, True)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_with_all_mismatches(run: Run, tiny: Tiny, tmp_path: Path) -> None:

@@ -24,11 +24,18 @@ Layers = dict[ir.Node, str]
 
 
 def batchnorm_layers(graph: ir.Graph) -> Layers:
-    """A layer name for each BN: from a tensor that only it reads, else from the convolution before it."""
-    layers: Layers = {}
-    for node in nodes_of(graph, "BatchNormalization"):
-        layers[node] = unique_name(_batchnorm_layer(node), layers.values())
-    return layers
+    """A layer name for each BN, none twice.
+
+    It comes from a tensor that only this BN reads, else from a shared one that gives no other BN its name, else
+    from the convolution before it.
+    """
+    nodes = nodes_of(graph, "BatchNormalization")
+    layers = {node: names[0] for node in nodes if (names := _prefixes(node, own=True))}
+    for node in nodes:
+        taken = set(layers.values())
+        candidates = [name for name in _prefixes(node, own=False) if name not in taken]
+        layers.setdefault(node, unique_name([*candidates, _fallback(node)][0], taken))
+    return {node: layers[node] for node in nodes}
 
 
 def parameter_name(node: ir.Node, index: int, layers: Layers) -> str | None:
@@ -65,11 +72,17 @@ def _is_neutral(value: ir.Value, wish: str) -> bool:
     return bool(np.all(array(value) == expected))
 
 
-def _batchnorm_layer(node: ir.Node) -> str:
-    for index, role in BN_ROLES.items():
-        value = need(node.inputs[index])
-        if len(value.uses()) == 1 and name_of(value).endswith(f".{role}"):
-            return name_of(value).removesuffix(f".{role}")
+def _prefixes(node: ir.Node, *, own: bool) -> list[str]:
+    """Layer names that the BN's tensors suggest; with ``own`` only those that nothing else reads."""
+    named = [(name_of(node.inputs[index]), f".{role}", index) for index, role in BN_ROLES.items()]
+    return [
+        name.removesuffix(ending)
+        for name, ending, index in named
+        if name.endswith(ending) and (not own or len(need(node.inputs[index]).uses()) == 1)
+    ]
+
+
+def _fallback(node: ir.Node) -> str:
     before = need(node.inputs[0]).producer()
     if before is not None and before.op_type == "Conv":
         return f"{layer_name(name_of(before.inputs[1]))}.bn"

@@ -133,9 +133,10 @@ def stratified_split(
     groups = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
     counts = _held_out_counts([len(group) for group in groups], fraction, generator)
     if fraction > 0 and not sum(counts):
+        needed = max(2.0, np.ceil(0.5 / fraction))
         raise DataError(
             f"{len(labels)} images in {len(groups)} classes are too few to hold out {fraction:g} of them: it takes "
-            f"at least {_images_needed(fraction)} images, two of them of the same class, or a held-out fraction of 0"
+            f"at least {needed:.0f} images, two of them of the same class, or a held-out fraction of 0"
         )
     held = [group[:count] for group, count in zip(groups, counts, strict=True)]
     kept = [group[count:] for group, count in zip(groups, counts, strict=True)]
@@ -158,10 +159,6 @@ def _rounded(share: float) -> int:
     return int(share + 0.5)
 
 
-def _images_needed(fraction: float) -> int:
-    return next(count for count in range(2, 1 << 62) if _rounded(count * fraction))
-
-
 def _sorted(groups: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     return np.sort(np.concatenate([np.empty(0, np.int64), *groups]))
 
@@ -182,10 +179,11 @@ def read_npz(path: Path) -> tuple[Array, Array]:
     """
     advice = "save it with numpy.savez(path, images=..., labels=...)"
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} holds a single array, not images and labels; {advice}")
-        with archive:
+        # Opened here: numpy leaves a file open that turns out to be no archive.
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} holds a single array, not images and labels; {advice}")
             missing = [key for key in ("images", "labels") if key not in archive.files]
             if missing:
                 raise DataError(f"{path} has no {' and no '.join(missing)}, only {archive.files}; {advice}")
