@@ -18,6 +18,7 @@ from lorac_deploy.commands import verify as verify_command
 from lorac_deploy.export import OnnxSource, export_training_artifact
 from lorac_deploy.models import ModelSpec
 from lorac_exporters.artifact import ArtifactConfig
+from lorac_exporters.patch_table import initializer_offsets
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs, run_onnx, verify
@@ -147,7 +148,7 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
     assert verify_command.main([str(base), str(fused)]) == 0
     assert "a drop-in" in capsys.readouterr().out
     content = bytearray(fused.read_bytes())
-    content[-100] ^= 1
+    content[initializer_offsets(fused)["layer1.0.conv1.bias"][0]] ^= 1  # a frozen tensor
     fused.write_bytes(content)
     assert verify_command.main([str(base), str(fused), "--json"]) == 1
     assert '"ok": false' in capsys.readouterr().out
@@ -161,6 +162,7 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
         (["--checkpoint", "x", "--rank", "0"], 2, "rank must be at least 1"),
         (["--checkpoint", "x", "--alpha", "-1"], 2, "alpha must be positive"),
         (["--checkpoint", "x", "--optimizer", "sgd", "--weight-decay", "0.1"], 2, "sgd"),
+        (["--checkpoint", "x", "--method", "head", "--rank", "2"], 2, "applies to --method lora-c only"),
         (["--checkpoint", "missing"], 1, "error: "),
         (["--onnx", "missing.onnx", "--mean", "0", "--std", "1"], 1, "error: "),
     ],

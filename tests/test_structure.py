@@ -9,6 +9,10 @@ from torch.nn.utils import parametrizations
 
 from lorac_deploy.models import MODELS, ModelSpec, build
 from lorac_deploy.structure import describe, find_head
+from lorac_exporters import inject
+from lorac_exporters.canonical import canonicalize
+from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.torch_graph import export_graph
 
 
 class OwnConv(nn.Conv2d):
@@ -136,3 +140,18 @@ def test_parameters_of_other_layers_are_listed() -> None:
         ("2.weight", "weight"),
         ("2.bias", "bias"),
     ]
+
+
+@pytest.mark.parametrize("method", ["lora-c", "head"])
+def test_the_plan_is_the_one_made_from_the_exported_graph(method: str) -> None:
+    """Two routes to what trains: the module's own facts, and those of its ONNX graph."""
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, (1, 3)), nn.Conv2d(16, 8, 1)]
+    module = net(*layers, nn.AdaptiveAvgPool2d(1)).eval()
+    graph = export_graph(module, (3, 16, 16))
+    exported = inject.describe(canonicalize(graph), canonicalize(graph, fold=False))
+    ours, theirs = (METHODS[method](facts, LoraConfig(rank=1)) for facts in (describe(module), exported))
+    assert ours.trainables == theirs.trainables
+    assert ours.adapters == theirs.adapters
+    assert [name for name, _ in ours.frozen] == [name for name, _ in theirs.frozen]
+    assert describe(module).backbone_parameters == exported.backbone_parameters

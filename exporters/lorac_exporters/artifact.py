@@ -26,11 +26,12 @@ from lorac_exporters.canonical import Canonical
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
 from lorac_exporters.patch_table import patch_table
-from lorac_exporters.plan import LoraConfig
+from lorac_exporters.plan import METHODS, LoraConfig
 from lorac_exporters.statistics_graph import statistics_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
 from lorac_runtime.errors import AdapterError, OutputError
+from lorac_runtime.manifest_checks import training_problems
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
@@ -41,12 +42,24 @@ LOGITS_TOLERANCE = 1e-4  # times max(1, largest logit)
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactConfig:
-    """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields."""
+    """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields.
+
+    Raises ValueError for a value out of range.
+    """
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     method: str = "lora-c"
     bn_policy: mf.BnPolicy = "frozen"
     training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+        if self.bn_policy not in mf.BN_POLICIES:
+            raise ValueError(f"BN policy {self.bn_policy!r} is not one of {', '.join(mf.BN_POLICIES)}")
+        problems = [*training_problems(self.training), *training_ort.optimizer_problems(self.training)]
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lorac_exporters.graph_tools import (
 
 IR_VERSION = 9
 PRODUCER = "lorac-deploy"
+_NO_LIMIT = 1 << 31  # elements: more than a file of 2 GiB can hold
 
 
 def inline_functions(model: ir.Model) -> list[str]:
@@ -68,7 +69,9 @@ def unmerge_copies(model: ir.Model) -> list[str]:
 def fold_constants(model: ir.Model) -> list[str]:
     """Compute what depends on constants only; Constant nodes become initializers."""
     before = len(model.graph)
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=lambda _: True)
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=True, output_size_limit=_NO_LIMIT, should_fold=lambda _: True
+    )
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     remove_unused(model)
     removed = before - len(model.graph)

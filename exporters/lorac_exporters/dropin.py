@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import google.protobuf.message
 import numpy as np
 import onnx
 
@@ -84,11 +85,9 @@ def read_model(path: Path) -> onnx.ModelProto:
         return onnx.load(path)
     except FileNotFoundError as err:
         raise ArtifactError(f"{path} not found") from err
-    except (OSError, ValueError) as err:
-        raise ArtifactError(f"{path} cannot be read: {err}") from err
-    except Exception as err:
-        if type(err).__name__ != "DecodeError":  # protobuf's own; the package is no dependency of ours
-            raise
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be read: {err.strerror or err}") from err
+    except (google.protobuf.message.DecodeError, ValueError) as err:
         raise ArtifactError(f"{path} is not an ONNX file, or is truncated ({err})") from err
 
 
@@ -100,6 +99,24 @@ def numeric_check(name: str, expected: np.ndarray[Any, Any], got: np.ndarray[Any
     bound = tolerance * max(1.0, float(np.max(np.abs(expected))))
     verdict: Verdict = "pass" if difference <= bound else "fail"
     return Check(name, verdict, f"max abs difference {difference:.2e}, allowed {bound:.2e} on {len(expected)} inputs")
+
+
+def interface_check(name: str, own: Iterable[onnx.ValueInfoProto], new: Iterable[onnx.ValueInfoProto]) -> Check:
+    """Whether an app that used a user's own file can use the canonical one: a size that was fixed may be free now."""
+    old_values, new_values = list(own), list(new)
+    accepted = len(old_values) == len(new_values) and all(map(_accepts, old_values, new_values))
+    old_text, new_text = _values(old_values), _values(new_values)
+    if accepted:
+        return Check(name, "pass", f"{'; '.join(old_text)} accepted as {'; '.join(new_text)}")
+    return Check(name, "fail", f"your file has {'; '.join(old_text)}, fused has {'; '.join(new_text)}")
+
+
+def _accepts(own: onnx.ValueInfoProto, new: onnx.ValueInfoProto) -> bool:
+    old_type, new_type = own.type.tensor_type, new.type.tensor_type
+    old_dims, new_dims = list(old_type.shape.dim), list(new_type.shape.dim)
+    if (own.name, old_type.elem_type, len(old_dims)) != (new.name, new_type.elem_type, len(new_dims)):
+        return False
+    return all(b.dim_value in (0, a.dim_value) for a, b in zip(old_dims, new_dims, strict=True))
 
 
 def _same(name: str, old: object, new: object, unit: str) -> Check:

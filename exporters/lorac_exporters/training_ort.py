@@ -74,12 +74,20 @@ def _optimizer(defaults: TrainingDefaults) -> Any:
     clip = onnxblock.optim.ClipGradNorm(defaults.clip_norm) if defaults.clip_norm > 0 else None
     if defaults.optimizer == "adamw":
         return onnxblock.optim.AdamW(eps=1e-8, weight_decay=defaults.weight_decay, clip_grad=clip)
-    if defaults.optimizer == "sgd" and defaults.weight_decay == 0:
-        return onnxblock.optim.SGD(clip_grad=clip)
-    raise ValueError(
-        f"optimizer {defaults.optimizer!r} with weight decay {defaults.weight_decay} is not offered by "
-        f"onnxruntime-training; choose one of {', '.join(OPTIMIZERS)} (sgd only without weight decay)"
-    )
+    return onnxblock.optim.SGD(clip_grad=clip)
+
+
+def optimizer_problems(defaults: TrainingDefaults) -> list[str]:
+    """Why this engine cannot offer the optimizer, a line each.
+
+    >>> optimizer_problems(TrainingDefaults(optimizer="sgd", weight_decay=0.1))
+    ['onnxruntime-training has no weight decay for sgd; use adamw, or weight decay 0']
+    """
+    if defaults.optimizer not in OPTIMIZERS:
+        return [f"optimizer {defaults.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"]
+    if defaults.optimizer == "sgd" and defaults.weight_decay:
+        return ["onnxruntime-training has no weight decay for sgd; use adamw, or weight decay 0"]
+    return []
 
 
 def _restart_name_counter() -> None:

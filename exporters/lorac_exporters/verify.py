@@ -70,7 +70,10 @@ def _retry_canonical(base: Path, fused: Path, report: DropinReport) -> DropinRep
 
 def _own_checks(own: Path, canonical_file: Path) -> list[Check]:
     old, new = dropin.read_model(own), dropin.read_model(canonical_file)
-    interface = [c for c in dropin.compare_models(old, new) if c.name in ("inputs", "outputs")]
+    interface = [
+        dropin.interface_check("inputs", old.graph.input, new.graph.input),
+        dropin.interface_check("outputs", old.graph.output, new.graph.output),
+    ]
     canonical = canonicalize(read_graph(own))
     listed = "; ".join(canonical.changes) or "none"
     structure = [

@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lorac_deploy.commands._common import guarded
+from lorac_deploy.commands._common import guarded, usage_errors
+from lorac_deploy.commands._options import add_lora_options, lora_config, lora_given, names, sizes
 from lorac_exporters.artifact import ArtifactConfig, ExportReport
-from lorac_exporters.plan import BIASES, METHODS, SMALL_LAYERS, LoraConfig
+from lorac_exporters.plan import METHODS
 from lorac_exporters.training_ort import OPTIMIZERS
-from lorac_runtime.delta import LAYOUTS, RANK_MODES
 from lorac_runtime.manifest import BN_POLICIES, TrainingDefaults
 
-LORA, TRAINING, ARTIFACT = LoraConfig(), TrainingDefaults(), ArtifactConfig()
+TRAINING, ARTIFACT = TrainingDefaults(), ArtifactConfig()
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -27,27 +27,6 @@ def numbers(text: str) -> tuple[float, ...]:
     (0.5, 0.25)
     """
     return tuple(float(part) for part in text.split(","))
-
-
-def sizes(text: str) -> tuple[int, int]:
-    """``HEIGHT,WIDTH`` or one number for both.
-
-    >>> sizes("224"), sizes("96,128")
-    ((224, 224), (96, 128))
-    """
-    parts = [int(part) for part in text.split(",")]
-    if len(parts) > 2 or min(parts) < 1:
-        raise ValueError(text)
-    return parts[0], parts[-1]
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Comma-separated names.
-
-    >>> names("cat,dog")
-    ('cat', 'dog')
-    """
-    return tuple(part.strip() for part in text.split(","))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,34 +65,17 @@ def _add_onnx_options(p: argparse.ArgumentParser) -> None:
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("what trains")
-    g.add_argument("--method", choices=list(METHODS), default=ARTIFACT.method, help="default: %(default)s")
-    g.add_argument("--rank", type=int, default=LORA.rank, help="nominal rank r (default: %(default)s)")
-    g.add_argument("--alpha", type=float, default=LORA.alpha, help="scale is alpha / rank (default: 2 * rank)")
-    g.add_argument(
-        "--rank-mode",
-        choices=RANK_MODES,
-        default=LORA.rank_mode,
-        help="inner rank r*k_w (rk), r, or by model size (default: %(default)s)",
-    )
-    g.add_argument(
-        "--layout", choices=LAYOUTS, default=LORA.layout, help="how B A becomes a kernel (default: %(default)s)"
-    )
-    g.add_argument("--learnable-alpha", action="store_true", help="train alpha of every adapter too")
-    g.add_argument(
-        "--biases", choices=BIASES, default=LORA.biases, help="biases that train besides (default: %(default)s)"
-    )
-    g.add_argument(
-        "--small-layers",
-        choices=SMALL_LAYERS,
-        default=LORA.small_layers,
-        help="layers whose adapter would not be smaller than the weight (default: %(default)s)",
-    )
+    g.add_argument("--method", choices=tuple(METHODS), default=ARTIFACT.method, help="default: %(default)s")
     g.add_argument(
         "--bn", choices=BN_POLICIES, default=ARTIFACT.bn_policy, help="batch normalisation (default: %(default)s)"
     )
     g.add_argument(
-        "--seed", type=int, default=LORA.seed, help="of lora_a's first values and a new head (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=ARTIFACT.lora.seed,
+        help="of lora_a's first values and of a new head (default: %(default)s)",
     )
+    add_lora_options(p)
 
 
 def _add_training_options(p: argparse.ArgumentParser) -> None:
@@ -137,28 +99,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.onnx is not None and (args.mean is None or args.std is None):
         p.error("--onnx needs --mean and --std: the file does not say how its input was normalised")
     _refuse_idle_options(p, args)
+    with usage_errors(p):
+        config = _config(args)
     console = Console(stderr=True)
     with console.status("reading the model") as status:
-        report = _export(args, lambda text: status.update(text))
+        report = _export(args, config, lambda text: status.update(text))
     _show(report)
     return 0
 
 
 def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options that describe an ONNX file would change nothing beside a checkpoint."""
+    """Options that would change nothing."""
     given = [n for n in ("num_classes", "class_names", "mean", "std", "scale", "size") if getattr(args, n) is not None]
     if args.checkpoint is not None and given:
         p.error(f"--{given[0].replace('_', '-')} describes an ONNX file; a checkpoint says it itself")
+    idle = [name for name in lora_given(args) if args.method != "lora-c"]
+    if idle:
+        p.error(f"--{idle[0].replace('_', '-')} applies to --method lora-c only, not to {args.method}")
 
 
 def _config(args: argparse.Namespace) -> ArtifactConfig:
-    lora = LoraConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(LoraConfig)})
+    lora = lora_config(args, args.seed)
     stated = [f.name for f in dataclasses.fields(TrainingDefaults) if hasattr(args, f.name)]
     training = TrainingDefaults(**{name: getattr(args, name) for name in stated})
     return ArtifactConfig(lora=lora, method=args.method, bn_policy=args.bn, training=training)
 
 
-def _export(args: argparse.Namespace, on_progress: Callable[[str], None]) -> ExportReport:
+def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Callable[[str], None]) -> ExportReport:
     from lorac_deploy.export import PIXEL_SCALE, OnnxSource, export_training_artifact
 
     source: Path | OnnxSource = args.checkpoint
@@ -175,7 +142,7 @@ def _export(args: argparse.Namespace, on_progress: Callable[[str], None]) -> Exp
     return export_training_artifact(
         source,
         args.out,
-        config=_config(args),
+        config=config,
         adapter=args.adapter,
         input_uint8=args.input_uint8,
         on_progress=on_progress,

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lorac_deploy.commands._common import guarded
 from lorac_exporters.dropin import DropinReport
 
 COLOURS = {"pass": "green", "fail": "bold red", "not checked": "yellow"}
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(argv)

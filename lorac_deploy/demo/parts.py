@@ -23,7 +23,7 @@ class PartsConfig:
     base_images: int = 1000
     local_images: int = 300
     drift: str = "low_light"
-    severity: int = 5
+    severity: int = 4
     seed: int = 0
 
 

@@ -56,7 +56,7 @@ CONTRADICTIONS: dict[str, tuple[Path_, Any, str]] = {
     "r": (("adapters", 0, "r"), 0, "adapters.conv2: .* must be positive"),
     "adapter shape": (("adapters", 0, "rank"), 3, r"conv2.lora_a has shape \(4, 8\), expected \(3, 8\)"),
     "weight shape": (("adapters", 1, "weight_shape"), [6, 2], "adapters.conv3: weight_shape"),
-    "std": (("input", "std"), [1.0, 0.0, 1.0], "input.std: must be positive"),
+    "std": (("input", "std"), [1.0, 0.0, 1.0], "scale and std positive"),
     "channels": (("input", "mean"), [0.5], "mean and std need 3 values"),
     "input shape": (("input", "shape"), [3, 0, 5], "input.shape"),
     "class names": (("class_names",), ["ant"], "class_names: 1 names for 5 classes"),

@@ -1,0 +1,110 @@
+"""What a well-typed manifest can still get wrong: paths, shapes, byte ranges, choices, numbers out of range."""
+
+from __future__ import annotations
+
+import math
+
+from lorac_runtime.delta import LAYOUTS, adapter_shapes
+from lorac_runtime.description import (
+    BN_POLICIES,
+    ROLES,
+    Adapter,
+    FileEntry,
+    InputSpec,
+    Manifest,
+    Patch,
+    TrainingDefaults,
+)
+
+BASE = "base.onnx"
+
+
+def contradictions(m: Manifest) -> list[str]:
+    """Every contradiction in a manifest, a line each."""
+    shapes = {t.name: t.shape for t in m.trainables}
+    problems = [f"files.{name}: names must stay inside the folder" for name in m.files if not _is_plain(name)]
+    if BASE not in m.files:
+        problems.append(f"files: {BASE} is missing")
+    for engine, entry in m.engines.items():
+        problems += [f"engines.{engine}: {f} is not in files" for f in entry.files if f not in m.files]
+    for name, choice, allowed in _choices(m):
+        if choice not in allowed:
+            problems.append(f"{name}: {choice!r} is not one of {', '.join(allowed)}")
+    for adapter in m.adapters:
+        problems += _adapter_problems(adapter, shapes)
+    for patch in m.patches:
+        problems += _patch_problems(patch, m.files)
+    problems += _input_problems(m.input)
+    problems += [f"training.{text}" for text in training_problems(m.training)]
+    if len(m.class_names) != m.output.classes:
+        problems.append(f"class_names: {len(m.class_names)} names for {m.output.classes} classes")
+    return problems
+
+
+def _choices(m: Manifest) -> list[tuple[str, str, tuple[str, ...]]]:
+    roles = [(f"trainables.{t.name}.role", t.role, ROLES) for t in m.trainables]
+    return [
+        ("bn_policy", m.bn_policy, BN_POLICIES),
+        ("coordinates", m.coordinates, ("folded", "unfolded")),
+        *roles,
+    ]
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
+def _adapter_problems(a: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    where = f"adapters.{a.layer}"
+    if a.layout not in LAYOUTS:
+        return [f"{where}.layout: {a.layout!r} is not one of {', '.join(LAYOUTS)}"]
+    if len(a.weight_shape) not in (3, 4) or min(a.weight_shape) < 1 or a.r < 1 or a.rank < 1:
+        return [f"{where}: weight_shape, r and rank must be positive"]
+    shape_a, shape_b = adapter_shapes(a.weight_shape, a.rank)
+    problems = []
+    for name, shape in ((a.lora_a, shape_a), (a.lora_b, shape_b)):
+        if name in shapes and shapes[name] != shape:
+            problems.append(f"{where}: {name} has shape {shapes[name]}, expected {shape}")
+    return problems
+
+
+def _patch_problems(p: Patch, files: dict[str, FileEntry]) -> list[str]:
+    where = f"patches.{p.tensor}"
+    if p.file not in files:
+        return [f"{where}: {p.file} is not in files"]
+    if p.dtype != "float32" or any(d < 1 for d in p.shape) or p.nbytes != 4 * math.prod(p.shape):
+        return [f"{where}: {p.nbytes} bytes of {p.dtype} do not hold shape {p.shape}"]
+    if p.permute is not None and sorted(p.permute) != list(range(len(p.shape))):
+        return [f"{where}: permute {p.permute} is not an order of the {len(p.shape)} axes"]
+    if p.offset < 0 or p.offset + p.nbytes > files[p.file].nbytes:
+        return [f"{where}: bytes {p.offset}..{p.offset + p.nbytes} lie outside {p.file}"]
+    return []
+
+
+def _input_problems(spec: InputSpec) -> list[str]:
+    channels = spec.shape[0]
+    if any(d < 1 for d in spec.shape):
+        return [f"input.shape: {spec.shape} must be positive"]
+    if len(spec.mean) != channels or len(spec.std) != channels:
+        return [f"input: mean and std need {channels} values each (one per channel)"]
+    numbers = (spec.scale, *spec.mean, *spec.std)
+    if not all(math.isfinite(v) for v in numbers) or not all(s > 0 for s in (spec.scale, *spec.std)):
+        return ["input: scale, mean and std must be finite numbers, scale and std positive"]
+    return []
+
+
+def training_problems(t: TrainingDefaults) -> list[str]:
+    """What is out of range in training settings, a line each.
+
+    >>> training_problems(TrainingDefaults(epochs=0))
+    ['epochs: must be at least 1, got 0']
+    """
+    problems = [f"{n}: must be at least 1, got {v}" for n, v in _counts(t) if v < 1]
+    limits = {"lr": (t.lr, t.lr > 0), "weight_decay": (t.weight_decay, t.weight_decay >= 0)}
+    limits |= {"clip_norm": (t.clip_norm, t.clip_norm >= 0), "warmup": (t.warmup, 0 <= t.warmup <= 1)}
+    wrong = {n: v for n, (v, fits) in limits.items() if not (fits and math.isfinite(v))}
+    return problems + [f"{n}: {v} is out of range" for n, v in wrong.items()]
+
+
+def _counts(t: TrainingDefaults) -> list[tuple[str, int]]:
+    return [("epochs", t.epochs), ("batch_size", t.batch_size)]
