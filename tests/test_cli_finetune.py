@@ -406,5 +406,5 @@ def test_too_little_memory_ends_in_advice(tiny: Tiny, tmp_path: Path, root: Path
     arguments = ("--data", tmp_path / "big.npz", "--out", tmp_path / "out", "--batch-size", 20_000, "--threads", 1)
     status, _, stderr = finished(process(root, tiny.folder, *arguments, before=LIMIT_MEMORY))
     assert status == 1
-    assert "not enough memory. Try a smaller --batch-size" in stderr
+    assert re.search(r"error: not enough memory \(.*\)\. Try a smaller --batch-size", stderr)
     assert "Traceback" not in stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_torch
 import torch
-from artifacts import BNS, CLASSES, EPS, Arrays, C, H, Recipe, Tiny, W, build
+from artifacts import BN_FIELDS, BNS, CLASSES, EPS, Arrays, C, H, Recipe, Tiny, W, build
 
 from lorac_runtime.engines import Engine, open_engine
 from lorac_runtime.engines.onnxruntime_training import OnnxRuntimeTraining
@@ -303,6 +303,29 @@ def test_state_goes_out_and_in_again_unchanged(make: Make, policy: str) -> None:
     assert distance(fresh.eval_step(x, y)[1], trained.eval_step(x, y)[1]) < 1e-6
     state["fc.weight"][:] = 0  # a copy: the engine does not see this
     assert np.any(trained.state()["fc.weight"])
+
+
+def test_a_state_with_other_batchnorm_tensors_refolds_the_base(make: Make) -> None:
+    """Gamma, beta and statistics from elsewhere; the oracle is the unfolded network with them."""
+    tiny, rng = make(bn_policy="recalibrate", lora_b=1.0), np.random.default_rng(3)
+    changed = {
+        f"{bn}.{field}": rng.uniform(0.5, 2, channels).astype(np.float32)
+        for bn, (_, channels, _) in BNS.items()
+        for field in BN_FIELDS
+    }
+    oracle = tiny_torch.tensors(tiny.unfolded | tiny.start | changed, {})
+    state = tiny.start | changed  # trained tensors as they are folded with the new ones
+    for name, bn in (("conv1.weight", "bn1"), ("conv2.lora_b", "bn2")):
+        unfolded = tiny.unfolded.get(name, tiny.start[name])
+        oracle[name] = torch.tensor(unfolded).double()
+        g = changed[f"{bn}.weight"] / np.sqrt(changed[f"{bn}.running_var"] + EPS)
+        rows = np.repeat(g, len(unfolded) // g.size)
+        state[name] = unfolded * rows.reshape(-1, *[1] * (unfolded.ndim - 1))
+    engine = engine_of(tiny)
+    engine.load_state(state)
+    x, y = batch(6)
+    assert distance(engine.eval_step(x, y)[1], tiny_torch.logits(oracle, x, bn="eval").numpy()) < SMOOTH
+    assert all(np.array_equal(v, state[k].astype(np.float32)) for k, v in engine.state().items())
 
 
 def test_load_state_names_everything_that_does_not_belong(make: Make) -> None:

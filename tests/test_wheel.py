@@ -94,30 +94,23 @@ def test_where_pip_finds_no_build_the_reason_is_given(
 
 
 AFTER = """
-import sys
-sys.path.append(sys.argv[1])
+import os, sys
 from lorac_runtime.engines import wheel
 first = wheel.load()
 assert wheel.load().api is first.api
-import os
 print(os.environ["ORT_DISABLE_TELEMETRY"], *{m.split(".")[0] for m in sys.modules} & {"torch", "onnx", "sympy", "h5py"})
-from onnxruntime.training import artifacts                    # the exporter's import still works afterwards
+from onnxruntime.training import artifacts
 print(hasattr(artifacts, "generate_artifacts"))
-"""
-BEFORE = """
-import onnxruntime.training, onnxruntime
-from lorac_runtime.engines import wheel
-print(wheel.load().api.Module is onnxruntime.training.api.Module, onnxruntime.training.__file__ is not None)
 """
 
 
 def test_the_wheel_loads_alone_and_does_not_stand_in_the_way_of_the_exporter() -> None:
-    done = subprocess.run([sys.executable, "-c", AFTER, ""], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", AFTER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["1", "True"]
 
 
 def test_a_package_that_was_imported_whole_is_used_as_it_is() -> None:
-    done = subprocess.run([sys.executable, "-c", BEFORE], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "True"]
+    import onnxruntime.training.api  # in this process, beside whatever other tests imported
+
+    assert wheel.load().api is onnxruntime.training.api

@@ -113,6 +113,8 @@ ENGINES: Mapping[str, Abilities] = {
 def untrainable(model: ir.Model, trainable_names: Iterable[str], *, engine: str) -> tuple[Problem, ...]:
     """Nodes between the tensors ``trainable_names`` and the output that ``engine`` cannot differentiate.
 
+    ``model`` is a canonical graph: element types must be known to tell masks and sizes from activations.
+
     Raises ValueError for an unknown engine or a name that is no initializer of the graph.
     """
     if engine not in ENGINES:

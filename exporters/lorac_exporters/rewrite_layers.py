@@ -87,7 +87,7 @@ def _covering_pads(node: ir.Node, size: tuple[int, ...], outputs: tuple[int, ...
     strides = ints_attribute(node, "strides", [1] * len(kernel))
     starts = ints_attribute(node, "pads", [0] * 2 * len(kernel))[: len(kernel)]
     parts = zip(outputs, strides, kernel, size, starts, strict=True)
-    return [*starts, *((out - 1) * stride + k - n - start for out, stride, k, n, start in parts)]
+    return [*starts, *(max(0, (out - 1) * stride + k - n - start) for out, stride, k, n, start in parts)]
 
 
 def mirrored_pad(tape: Tape) -> ir.Value | None:

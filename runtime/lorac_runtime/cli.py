@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _out_of_memory(err: MemoryError) -> str:
-    reason = str(err) or "not enough memory"
-    return f"{reason}. Try a smaller --batch-size; a step's memory grows with it"
+    reason = f" ({err})" if str(err) else ""
+    return f"not enough memory{reason}. Try a smaller --batch-size; a step's memory grows with it"
 
 
 def _how_to_go_on(out: Path, config: FinetuneConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from lorac_runtime.manifest import InputSpec
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+# What Pillow's many decoders raise on damaged files.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 _SHOWN = 20  # problems listed in one message
 
 _log = logging.getLogger(__name__)
@@ -97,7 +112,6 @@ def _decode(path: Path, spec: InputSpec) -> npt.NDArray[np.uint8]:
             if image.mode not in _EIGHT_BIT:
                 raise DataError(f"has mode {image.mode}, not 8 bits per channel; convert it")
             pixels = np.asarray(image.convert(_MODES[channels]), np.uint8)
-    # What Pillow's decoders raise on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as err:
-        raise DataError(f"is not a readable image: {err}") from err
+    except (*_DAMAGED, Image.DecompressionBombError) as err:
+        raise DataError(f"is not a readable image: {err or type(err).__name__}") from err
     return pixels.reshape(height, width, channels)

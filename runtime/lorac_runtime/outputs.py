@@ -1,13 +1,14 @@
-"""The output folder, checked before any work: can it be written, has it room, does it harm an input?"""
+"""The output folder: can it be written, has it room, does it harm an input, what did a killed run leave there?"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorac_runtime.errors import OutputError
 from lorac_runtime.files import output_folder
-from lorac_runtime.manifest import ADAPTER, BASE, Manifest
+from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest
 
 FUSED = "fused.onnx"
 
@@ -15,12 +16,14 @@ FUSED = "fused.onnx"
 def check_outputs(artifact: Path, out: Path, manifest: Manifest, *, data: Path, adapter: Path | None) -> None:
     """Create ``out`` and make sure that a run of this artifact can write there.
 
-    Raises OutputError if ``out`` lies in the artifact or in a folder of images, would overwrite the adapter that the
-    run starts from, cannot be written, or has too little room.
+    Raises OutputError if ``out`` lies in the artifact or in a folder of images, is an artifact itself, would overwrite
+    the adapter that the run starts from, cannot be written, or has too little room.
     """
     for source, what in ((artifact, "the training artifact"), (data, "the folder of images")):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise OutputError(f"{out} lies in {what} {source}, which is never modified; choose another output folder")
+    if (out / FILE_NAME).exists():
+        raise OutputError(f"{out} is a training artifact itself; choose another output folder")
     if adapter is not None and (out / ADAPTER).resolve() == adapter.resolve():
         raise OutputError(f"{out / ADAPTER} would overwrite the adapter it starts from; choose another output folder")
     output_folder(out)
@@ -40,3 +43,10 @@ def space_needed(manifest: Manifest) -> int:
     trained = 4 * manifest.trained_parameters
     engine_files = max(sum(manifest.files[f].nbytes for f in e.files) for e in manifest.engines.values())
     return 2 * (engine_files + 3 * trained) + manifest.files[BASE].nbytes + 2 * trained
+
+
+def remove_partial_files(folder: Path, names: Sequence[str]) -> None:
+    """Remove what processes left that were killed while they wrote one of ``names`` (see `files.staged`)."""
+    for name in names:
+        for part in folder.glob(f".{name}.*.part"):
+            part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from lorac_runtime.engines import Engine
 from lorac_runtime.errors import CheckpointError, EngineError, OutputError, listed
 from lorac_runtime.files import atomic_write, flush_folder
 from lorac_runtime.manifest import FileEntry, sha256
+from lorac_runtime.outputs import remove_partial_files
 from lorac_runtime.schema import decode
 from lorac_runtime.training import History
 
@@ -86,13 +87,17 @@ def load(out: Path, engine: Engine, run: Run) -> History | None:
 
 
 def discard(out: Path) -> None:
-    """Remove the unfinished run from ``out``, if there is one. Raises OutputError."""
+    """Remove the unfinished run from ``out``, if there is one, and nothing else. Raises OutputError."""
+    folder = out / FOLDER
     try:
-        (out / FOLDER / FILE_NAME).unlink(missing_ok=True)  # first: without it the rest counts for nothing
-        if (out / FOLDER).exists():
-            shutil.rmtree(out / FOLDER)
+        (folder / FILE_NAME).unlink(missing_ok=True)  # first: without it the rest counts for nothing
+        for state in folder.glob("epoch-*"):
+            shutil.rmtree(state)
+        remove_partial_files(folder, (FILE_NAME,))
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     except OSError as err:
-        raise OutputError(f"cannot remove {out / FOLDER}: {err}") from err
+        raise OutputError(f"cannot remove {folder}: {err}") from err
 
 
 def differences(before: Run, now: Run) -> list[str]:

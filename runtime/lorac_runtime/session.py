@@ -24,8 +24,9 @@ from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_spl
 from lorac_runtime.engines import Engine, open_engine
 from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
-from lorac_runtime.outputs import FUSED, check_outputs
+from lorac_runtime.outputs import FUSED, check_outputs, remove_partial_files
 from lorac_runtime.patch import batchnorm_tensors, fuse
+from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import (
     FinetuneReport,
     package_version,
@@ -88,6 +89,7 @@ def finetune(
     if not config.restart and (finished := _finished(job)) is not None:
         log.info("%s holds this very run, finished; restart (--restart) runs it again", out)
         return finished
+    remove_partial_files(job.out, (ADAPTER, FUSED, REPORT))
     engine = open_engine(job.artifact, job.manifest, threads=config.threads)
     history = _resumed_or_begun(engine, job, restart=config.restart)
     started -= history.seconds

@@ -236,5 +236,5 @@ def _translated(action: str) -> Iterator[None]:
             raise
         text = WHERE_IN_THE_LIBRARY.sub("", str(err)).strip()
         if any(sign in text.lower() for sign in OUT_OF_MEMORY):
-            raise MemoryError(f"onnxruntime-training could not {action}: not enough memory") from err
+            raise MemoryError(f"onnxruntime-training could not {action}") from err
         raise EngineError(f"onnxruntime-training could not {action}: {text}") from err
