@@ -8,7 +8,6 @@ import sys
 BENCHMARKS = {
     "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
     "fusing": "time of fusing a ResNet-18 beyond reading and writing the file",
-    "footprint": "installed size of the device's environment and peak memory of a fine-tuning",
 }
 
 

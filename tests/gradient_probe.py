@@ -24,7 +24,7 @@ from lorac_exporters.canonical import canonicalize
 from lorac_exporters.rewrites import rewrite_for_training
 
 LABELS = np.array([0, 1, 2, 3], np.int64)
-STEP = 2e-3
+STEP = 3e-4
 
 
 def loss(logits: np.ndarray) -> float:

@@ -22,7 +22,17 @@ CONSTANTS: Arrays = constants(
     tiles=[1, 1, 2, 1],
     scales=[1.0, 1.0, 2.0, 2.0],
     order=[2, 1, 0, 1],
-) | numbers(slope=(4, 1, 1), v=(4,), u=(8,), square=(8, 8), k=(4, 4, 3, 3), deep=(4, 1, 3, 3), up=(4, 4, 2, 2))
+) | numbers(
+    slope=(4, 1, 1),
+    v=(4,),
+    u=(8,),
+    square=(8, 8),
+    k=(4, 4, 3, 3),
+    deep=(4, 1, 3, 3),
+    k1=(4, 4, 3),
+    deep1=(4, 1, 3),
+    up=(4, 4, 2, 2),
+)
 POSITIVE = "a = Mul (c, c) b = Add (a, half) "
 
 DIFFERENTIABLE = {
@@ -32,6 +42,8 @@ DIFFERENTIABLE = {
     "Clip": "y = Clip (c, zero, half)",
     "Concat": "r = Relu (c) y = Concat <axis = 1> (c, r)",
     "Conv": "y = Conv <pads = [1, 0, 2, 1], strides = [2, 1], dilations = [1, 2]> (c, k, v)",
+    "Conv 1-D": "r = Reshape (c, rows) y = Conv <strides = [2], pads = [1, 0]> (r, k1)",
+    "Conv 1-D grouped, same size": "r = Reshape (c, rows) y = Conv <group = 4, pads = [2, 0]> (r, deep1)",
     "Conv depthwise": "y = Conv <pads = [1, 1, 1, 1], strides = [2, 2], group = 4> (c, deep, v)",
     "Cos": "y = Cos (c)",
     "Div": POSITIVE + "y = Div (c, b)",
@@ -110,6 +122,7 @@ REWRITTEN = {
 }
 
 REFUSED = {
+    "Conv 1-D grouped, smaller": "r = Reshape (c, rows) y = Conv <group = 4> (r, deep1)",
     "ConvTranspose": "y = ConvTranspose (c, up)",
     "CumSum": "y = CumSum (c, two_int)",
     "Einsum": 'y = Einsum <equation = "nchw->nhwc"> (c)',

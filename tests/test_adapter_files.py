@@ -262,6 +262,18 @@ def test_an_unfolded_adapter_is_refused_by_a_network_without_bn_to_fold(tmp_path
         attach_adapter(tmp_path / FILE, fold_batchnorm(tiny()))
 
 
+@pytest.mark.parametrize(("policy", "expected"), [("frozen", "folded"), ("batch", "unfolded")])
+def test_under_batch_a_device_never_folds_so_the_file_says_unfolded(tmp_path: Path, policy: Any, expected: str) -> None:
+    """Here BN stands in front of the convolution, where no folding could absorb it."""
+    nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Linear(8, 2)) for _ in range(2)]
+    for net in nets:
+        attach(net, SMALL, bn_policy=policy)
+    save_module_adapter(tmp_path / FILE, nets[0], model="tiny")
+    assert load_adapter(tmp_path / FILE).metadata["coordinates"] == expected
+    load_module_adapter(tmp_path / FILE, nets[1])
+    assert torch.equal(nets[1][0].weight, nets[0][0].weight)
+
+
 CONFIGS = [
     SMALL,
     LoraConfig(rank=2, alpha=1.5, layout="paper", rank_mode="r"),

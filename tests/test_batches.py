@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +34,7 @@ def epoch(data: Dataset, batch_size: int = 4, *, seed: int = 0, number: int = 1)
 def test_every_image_comes_once_in_batches_of_nearly_equal_size(n: int, batch_size: int) -> None:
     batches = epoch(numbered(n), batch_size)
     sizes = [len(batch) for batch in batches]
-    assert sorted(sum(batches, [])) == list(range(n))
+    assert sorted(functools.reduce(operator.iadd, batches, [])) == list(range(n))
     assert len(batches) == batch_count(n, batch_size) == -(-n // batch_size)
     assert max(sizes) <= batch_size
     assert max(sizes) - min(sizes) <= 1
@@ -48,7 +51,7 @@ def test_order_follows_from_seed_and_epoch() -> None:
     assert epoch(data) == epoch(data)
     assert epoch(data) != epoch(data, number=2)
     assert epoch(data) != epoch(data, seed=1)
-    assert sum(epoch(data), []) != list(range(40))
+    assert functools.reduce(operator.iadd, epoch(data), []) != list(range(40))
 
 
 def test_evaluation_takes_images_in_order_and_normalised() -> None:

@@ -162,14 +162,15 @@ def test_base_keys_stay_and_only_lora_keys_are_added() -> None:
     assert set(touched(conv, learnable=True).state_dict()) == base | {"lora_a", "lora_b", "lora_alpha"}
 
 
-def test_lora_a_starts_uniform_within_kaimings_bound_and_follows_the_generator() -> None:
+def test_lora_b_starts_at_zero_and_lora_a_uniform_within_kaimings_bound() -> None:
     conv = nn.Conv2d(64, 64, (5, 3))
     layer = LoraConv2d.from_conv(conv, LayerAdapter(16, 48, 1.0, "spatial"), generator=torch.Generator())
     again = LoraConv2d.from_conv(conv, LayerAdapter(16, 48, 1.0, "spatial"), generator=torch.Generator())
     bound = 1 / math.sqrt(64 * 3)
     assert layer.lora_a.abs().max() <= bound
     assert layer.lora_a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
-    assert torch.equal(layer.lora_a, again.lora_a)
+    assert torch.equal(layer.lora_a, again.lora_a)  # the generator decides
+    assert torch.equal(layer.lora_b, torch.zeros(64 * 5, 48))
 
 
 def test_from_conv_shares_the_parameters_and_leaves_the_convolution_alone() -> None:

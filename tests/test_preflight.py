@@ -16,6 +16,7 @@ from lorac_exporters.shapes import settle_shapes
 from lorac_runtime.errors import ConversionError
 
 ENGINE = "onnxruntime-training"
+WRONG = ["Conv, SAME padding", "Conv 1-D grouped, smaller"]
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -141,14 +142,20 @@ def test_the_engine_differentiates_every_operator_of_the_table_and_every_written
 @pytest.mark.slow
 def test_the_engine_refuses_what_the_table_does_not_hold(root) -> None:
     raw = [name for name in REWRITTEN if not name.startswith("AveragePool")]
-    found = results(probe(root, [*REFUSED, *raw], raw))
+    refused = [name for name in REFUSED if name not in WRONG]
+    found = results(probe(root, [*refused, *raw], raw))
     assert [name for name, line in found.items() if line["error"] is None] == []
 
 
 @pytest.mark.slow
-def test_average_pooling_ends_the_process_and_same_padding_gives_a_wrong_gradient(root) -> None:
-    """Two faults of onnxruntime-training 1.19.2 that rewriting and canonical padding avoid."""
+def test_average_pooling_ends_the_process(root) -> None:
+    """A fault of onnxruntime-training 1.19.2 that writing the operator out avoids."""
     assert probe(root, ["AveragePool"], ["AveragePool"]).returncode == -signal.SIGFPE
-    line = results(probe(root, ["Conv, SAME padding"]))["Conv, SAME padding"]
-    assert line["error"] is None
-    assert abs(line["engine"] - line["differences"]) > 0.1 * abs(line["differences"])
+
+
+@pytest.mark.slow
+def test_some_convolutions_get_wrong_gradients_without_a_word(root) -> None:
+    """Faults of onnxruntime-training 1.19.2; canonical padding avoids one, the preflight refuses the other."""
+    for line in results(probe(root, WRONG)).values():
+        assert line["error"] is None
+        assert abs(line["engine"] - line["differences"]) > 0.05 * abs(line["differences"])

@@ -71,6 +71,15 @@ def test_other_inputs_computed_from_sizes_become_constant_too() -> None:
     np.testing.assert_array_equal(outputs(model, image(2, 3, 8, 8)), image(2, 3, 8, 8)[:, :, :4])
 
 
+def test_weights_that_the_graph_computes_stay_computed() -> None:
+    body = "p = MatMul (b, a) r = Reshape (p, form) w = Add (k, r) y = Conv (x, w)"
+    weights = numbers(b=(4, 2), a=(2, 3), k=(4, 3, 1, 1)) | constants(form=[4, 3, 1, 1])
+    model = from_text(body, weights=weights, y=MAPS)
+    settle_shapes(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Reshape", "Add", "Conv"]
+    assert array(model.graph[1].inputs[1]).tolist() == [4, 3, 1, 1]
+
+
 def test_values_get_their_shapes_with_the_batch_by_name() -> None:
     model = flattening("zero copies the batch")
     settle_shapes(model)

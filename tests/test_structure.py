@@ -83,6 +83,8 @@ def test_a_network_without_a_head_is_refused() -> None:
         find_head(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
     with pytest.raises(ValueError, match="ends neither"):  # a 1x1 convolution that is not the last one
         find_head(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3)))
+    with pytest.raises(ValueError, match="ends neither"):
+        find_head(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1, groups=8)))
 
 
 def test_a_head_that_shares_its_weight_is_refused() -> None:

@@ -54,6 +54,11 @@ def test_a_shared_weight_and_a_transposed_convolution_are_not_paired() -> None:
     assert conv_bn_pairs(net) == {}
 
 
+def test_a_bn_that_is_used_twice_is_not_paired() -> None:
+    norm = nn.BatchNorm2d(4)
+    assert conv_bn_pairs(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1), norm)) == {}
+
+
 def test_bn_before_a_convolution_is_not_paired() -> None:
     assert conv_bn_pairs(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1))) == {}
 

@@ -35,7 +35,7 @@ def network(seed: int = 0) -> nn.Module:
             nn.Conv2d(3, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
             nn.ReLU(),
-            nn.Conv2d(8, 12, 3, padding=1, stride=2),
+            nn.Conv2d(8, 12, 3, padding=1, stride=2, bias=False),  # BN would make its gradient pure noise
             nn.BatchNorm2d(12),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),

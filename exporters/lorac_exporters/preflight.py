@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 
-from lorac_exporters.graph_tools import describe, text_attribute
+from lorac_exporters.graph_tools import describe, int_attribute, static_dims, text_attribute
 from lorac_runtime.errors import ConversionError, listed
 
 
@@ -40,9 +40,19 @@ def _constant_mode_only(node: ir.Node) -> str | None:
     return None if mode == "constant" else f"the gradient exists for constant padding only, this pads by {mode}"
 
 
-def _explicit_pads_only(node: ir.Node) -> str | None:
+def _right_conv_gradients_only(node: ir.Node) -> str | None:
+    """Two kinds of convolution get wrong gradients from the engine, without a word."""
     mode = text_attribute(node, "auto_pad", "NOTSET")
-    return None if mode == "NOTSET" else f"the gradient is wrong with auto_pad {mode}; make the graph canonical"
+    if mode != "NOTSET":
+        return f"the gradient is wrong with auto_pad {mode}; make the graph canonical"
+    resized = _changes_1d_size(static_dims(node.inputs[0]), static_dims(node.outputs[0]))
+    if resized and int_attribute(node, "group", 1) > 1:
+        return "the gradient of a grouped 1-D convolution is wrong unless channels and length stay the same"
+    return None
+
+
+def _changes_1d_size(before: tuple[int | None, ...] | None, after: tuple[int | None, ...] | None) -> bool:
+    return before is not None and len(before) == 3 and (after is None or before[1:] != after[1:])
 
 
 _NO_KERNEL = "the gradient has no CPU kernel"
@@ -104,7 +114,7 @@ ENGINES: Mapping[str, Abilities] = {
                 "Where",
             ]
         ),
-        conditions={"Pad": _constant_mode_only, "Conv": _explicit_pads_only},
+        conditions={"Pad": _constant_mode_only, "Conv": _right_conv_gradients_only},
         refusals={"AveragePool": _CRASH, "ConvTranspose": _NO_KERNEL, "Resize": _NO_KERNEL},
     )
 }

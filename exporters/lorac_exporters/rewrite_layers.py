@@ -60,25 +60,44 @@ def reduce_max(tape: Tape) -> ir.Value | None:
 
 
 def average_pool(tape: Tape) -> ir.Value | None:
-    """A depthwise convolution with ones, times one over the number of cells that each window counts."""
+    """A depthwise convolution with ones, times one over the number of cells that each window counts.
+
+    A signal counts as an image of height 1: gradients of grouped 1-D convolutions are wrong in some engines.
+    """
     sizes, outputs = _sizes(tape.x), _sizes(tape.node.outputs[0])
     if 0 in sizes[1:] or len(outputs) != len(sizes):
         return None
-    channels, kernel = sizes[1], window(tape.node)
-    attributes: dict[str, int | list[int]] = {
-        "group": channels,
-        "kernel_shape": list(kernel),
-        "strides": list(ints_attribute(tape.node, "strides", [1] * len(kernel))),
-        "pads": _covering_pads(tape.node, sizes[2:], outputs[2:]),
-    }
-    ones = np.ones((1, 1, *sizes[2:]), np.float32)
-    summing = ir.node("Conv", [None, None], attributes | {"group": 1})
-    cells = run_node(summing, ones, np.ones((1, 1, *kernel), np.float32))
-    share = run_node(tape.node, ones) / cells
-    weight = np.ones((channels, 1, *kernel), np.float32)
-    if np.ptp(share) == 0:
-        return tape.op("Conv", tape.x, tape.constant(weight * share.flat[0]), attributes=attributes)
-    return tape.op("Mul", tape.op("Conv", tape.x, tape.constant(weight), attributes=attributes), tape.constant(share))
+    share = _share_of_cell(tape.node, sizes[2:], outputs[2:])
+    uniform = bool(np.ptp(share) == 0)
+    weight = np.full((sizes[1], 1, *window(tape.node)), share.flat[0] if uniform else 1.0, np.float32)
+    pooled = _depthwise(tape, weight, _covering_attributes(tape.node, sizes[2:], outputs[2:]))
+    return pooled if uniform else tape.op("Mul", pooled, tape.constant(share))
+
+
+def _share_of_cell(node: ir.Node, size: tuple[int, ...], outputs: tuple[int, ...]) -> Floats:
+    """(1, 1, *outputs): what one cell counts in each window's mean, measured on an image of ones."""
+    ones = np.ones((1, 1, *size), np.float32)
+    summing = ir.node("Conv", [None, None], _covering_attributes(node, size, outputs))
+    return run_node(node, ones) / run_node(summing, ones, np.ones((1, 1, *window(node)), np.float32))
+
+
+def _depthwise(tape: Tape, weight: Floats, attributes: dict[str, list[int]]) -> ir.Value:
+    channels = weight.shape[0]
+    if weight.ndim == 4:
+        return tape.op("Conv", tape.x, tape.constant(weight), attributes=attributes | {"group": channels})
+    row = tape.constant(np.array([2], np.int64))
+    (start, end), flat = attributes["pads"], weight[:, :, None]
+    lifted = {"strides": [1, *attributes["strides"]], "pads": [0, start, 0, end], "group": channels}
+    lifted["kernel_shape"] = [1, *attributes["kernel_shape"]]
+    result = tape.op("Conv", tape.op("Unsqueeze", tape.x, row), tape.constant(flat), attributes=lifted)
+    return tape.op("Squeeze", result, row)
+
+
+def _covering_attributes(node: ir.Node, size: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, list[int]]:
+    """Of a convolution that visits the windows of a pooling."""
+    kernel = window(node)
+    strides = list(ints_attribute(node, "strides", [1] * len(kernel)))
+    return {"kernel_shape": list(kernel), "strides": strides, "pads": _covering_pads(node, size, outputs)}
 
 
 def _covering_pads(node: ir.Node, size: tuple[int, ...], outputs: tuple[int, ...]) -> list[int]:

@@ -51,13 +51,19 @@ def trace(model: ir.Model, batch: int) -> Trace:
     for node in twin.graph:
         for output in node.outputs:
             output.shape = None
-    onnxscript.optimizer.fold_constants(twin, onnx_shape_inference=True)
+    onnxscript.optimizer.fold_constants(twin, onnx_shape_inference=True, should_fold=_computes_sizes)
     values = [*twin.graph.inputs, *twin.graph.initializers.values()]
     values += [output for node in twin.graph for output in node.outputs]
     named = {name_of(v): v for v in values if v.name}
     shapes = {name: v.shape.numpy() for name, v in named.items() if v.shape is not None and v.shape.is_static()}
     constants = {name: numbers for name, v in named.items() if (numbers := array(v)) is not None}
     return Trace(shapes, {name: v.type for name, v in named.items() if v.type is not None}, constants)
+
+
+def _computes_sizes(node: ir.Node) -> bool:
+    """Sizes are integers, or float scalars on the way; longer float vectors are parameters."""
+    values = [value for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT]
+    return all(value.const_value is not None and value.const_value.size == 1 for value in values)
 
 
 def merged_shape(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> Shape | None:
@@ -98,7 +104,10 @@ def _settle_reshape(node: ir.Node, low: Trace, high: Trace) -> list[str]:
 
 
 def _settle_inputs(graph: ir.Graph, low: Trace, high: Trace) -> list[str]:
-    """Connect constants where a value computed from shapes turns out to be one."""
+    """Connect constants where integers computed from shapes turn out to be the same for every batch.
+
+    Integers only: weights that a graph computes from parameters (adapters) must stay computed.
+    """
     changes = []
     for node in list(graph):
         if name_of(node.outputs[0]) in low.constants:
@@ -107,7 +116,7 @@ def _settle_inputs(graph: ir.Graph, low: Trace, high: Trace) -> list[str]:
             if value is None or array(value) is not None:
                 continue
             one, two = low.constants.get(name_of(value)), high.constants.get(name_of(value))
-            if one is not None and two is not None and np.array_equal(one, two):
+            if one is not None and two is not None and one.dtype.kind == "i" and np.array_equal(one, two):
                 changes += _connect(node, index, one, f"{name_of(node.outputs[0])}_input{index}")
     return changes
 
