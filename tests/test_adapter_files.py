@@ -1,4 +1,4 @@
-"""Adapter files between PyTorch and a device: settings, tensors, coordinates."""
+"""Adapter files between PyTorch and a device: settings, tensors, statistics."""
 
 from __future__ import annotations
 
@@ -8,67 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import touch_adapters, trained
-from torch import Tensor, nn
+from foldable import FILE, SMALL, DataDependent, images, rewrite, tiny
+from networks import touch_adapters
+from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter, coordinates, load_module_adapter, save_module_adapter
 from lorac_deploy.batchnorm import bn_tensors, recalibrate
-from lorac_deploy.folding import conv_bn_pairs, fold_batchnorm
-from lorac_deploy.lora import LoraConfig, adapter_tensors, attach, fuse, report_of, select_trainable
-from lorac_runtime.adapter import load_adapter, save_adapter
-from lorac_runtime.delta import LAYOUTS, Layout
+from lorac_deploy.folding import fold_batchnorm
+from lorac_deploy.lora import LoraConfig, adapter_tensors, attach, select_trainable
+from lorac_runtime.adapter import load_adapter
 from lorac_runtime.errors import AdapterError
-
-FILE = "adapter.safetensors"
-
-
-def tiny(seed: int = 0) -> nn.Sequential:
-    """Two Conv + BN pairs (the second grouped and with a bias), a bare 1x1 convolution, a head; BN has seen data."""
-    torch.manual_seed(seed)
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 16, (3, 2), groups=2, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-    )
-    for layer in (net[1], net[3]):
-        for value in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
-            nn.init.uniform_(value, 0.5, 2.0)
-    with torch.no_grad():
-        net[1].weight[2] = -1.5
-    return net.eval()
-
-
-SMALL = LoraConfig(rank=1)
-
-
-def images() -> Tensor:
-    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(3))
-
-
-def from_device(path: Path, net: nn.Module, config: LoraConfig = SMALL, *, policy: Any = "frozen") -> Tensor:
-    """Write what a device would after training: folded coordinates, touched. Returns the device's outputs."""
-    device = fold_batchnorm(net)
-    attach(device, config)
-    touch_adapters(device, size=0.1)
-    save_module_adapter(path, device, model="tiny")
-    if policy != "frozen":
-        file = load_adapter(path)
-        tensors = file.tensors | {n: t.numpy() for n, t in bn_tensors(net).items()}
-        save_adapter(path, tensors, file.metadata | {"bn_policy": policy})
-    return device(images())
-
-
-def rewrite(path: Path, tensors: dict[str, Any] | None = None, **metadata: str) -> None:
-    """Change entries of an adapter file; a tensor None is taken out."""
-    file = load_adapter(path)
-    changed = {n: v for n, v in (file.tensors | (tensors or {})).items() if v is not None}
-    save_adapter(path, changed, file.metadata | metadata)
 
 
 @pytest.mark.parametrize("method", ["lora-c", "head", "full"])
@@ -115,13 +64,6 @@ def test_tensors_are_written_as_float32_whatever_the_network_is(tmp_path: Path) 
     assert {v.dtype for v in load_adapter(tmp_path / FILE).tensors.values()} == {np.dtype("float32")}
 
 
-class DataDependent(nn.Sequential):
-    """A forward pass that torch.fx cannot follow."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if x.sum() > 0 else -x)
-
-
 @pytest.mark.parametrize(
     ("net", "expected"),
     [
@@ -136,122 +78,6 @@ class DataDependent(nn.Sequential):
 )
 def test_coordinates_are_unfolded_where_an_export_would_fold(net: nn.Module, expected: str) -> None:
     assert coordinates(net) == expected
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("policy", ["frozen", "recalibrate"])
-def test_a_devices_adapter_gives_the_devices_outputs_in_the_unfolded_network(
-    tmp_path: Path, layout: Layout, policy: Any
-) -> None:
-    config = LoraConfig(rank=1, layout=layout)
-    expected = from_device(tmp_path / FILE, tiny(), config, policy=policy)
-    net = tiny()
-    attach(net, config, bn_policy=policy)
-    load_module_adapter(tmp_path / FILE, net)
-    torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
-    file = load_adapter(tmp_path / FILE)
-    assert not np.allclose(net[2].lora_b.detach().numpy(), file.tensors["2.lora_b"], atol=1e-3)
-    assert np.array_equal(net[2].lora_a.detach().numpy(), file.tensors["2.lora_a"])
-    torch.testing.assert_close(fuse(net)(images()), net(images()))
-
-
-def test_statistics_in_the_file_decide_how_it_is_unfolded(tmp_path: Path) -> None:
-    """A device under `recalibrate` folds with its own statistics; the network here has others."""
-    recalibrated = tiny()
-    for layer in (recalibrated[1], recalibrated[3]):
-        layer.running_var *= 3
-        layer.running_mean += 1
-    expected = from_device(tmp_path / FILE, recalibrated, policy="recalibrate")
-    net = tiny()
-    attach(net, SMALL, bn_policy="recalibrate")
-    load_module_adapter(tmp_path / FILE, net)
-    torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
-    assert torch.equal(net[1].running_var, recalibrated[1].running_var)
-
-
-def test_a_resnets_device_adapter_comes_back(tmp_path: Path) -> None:
-    net, x = trained("resnet18"), torch.randn(2, 3, 32, 32)
-    device = fold_batchnorm(net)
-    attach(device, LoraConfig())
-    touch_adapters(device)
-    save_module_adapter(tmp_path / FILE, device, model="resnet18")
-    report = attach_adapter(tmp_path / FILE, net)
-    assert report.trained_parameters == report_of(device).trained_parameters
-    expected = device(x)
-    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
-
-
-def test_trained_biases_of_convolutions_that_have_one_are_unfolded(tmp_path: Path) -> None:
-    config = LoraConfig(rank=1, biases="all")
-    net = tiny()
-    net[0] = nn.Conv2d(3, 8, 3)
-    expected = from_device(tmp_path / FILE, net, config)
-    attach(net, config)
-    load_module_adapter(tmp_path / FILE, net)
-    torch.testing.assert_close(net(images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
-
-
-def test_trained_biases_of_convolutions_without_one_need_the_folded_network(tmp_path: Path) -> None:
-    config = LoraConfig(rank=1, biases="all")
-    expected = from_device(tmp_path / FILE, tiny(), config)
-    net = tiny()
-    attach(net, config)
-    with pytest.raises(AdapterError, match=r"(?s)0.bias is not trained in this network.*use fold_batchnorm\(network\)"):
-        load_module_adapter(tmp_path / FILE, net)
-    folded = fold_batchnorm(tiny())
-    attach_adapter(tmp_path / FILE, folded)
-    assert torch.equal(folded(images()), expected)
-
-
-@pytest.mark.parametrize("g", [1e-6, 1e-11])
-def test_small_factors_are_no_obstacle(tmp_path: Path, g: float) -> None:
-    nets = [tiny(), tiny()]
-    for net in nets:
-        net[1].weight.data[3] = net[3].weight.data[5] = g
-    expected = from_device(tmp_path / FILE, nets[0])
-    attach_adapter(tmp_path / FILE, nets[1])
-    torch.testing.assert_close(nets[1](images()), expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
-
-
-@pytest.mark.parametrize("g", [0.0, 1e-14])
-def test_rows_trained_where_the_factor_is_near_zero_are_refused_with_advice(tmp_path: Path, g: float) -> None:
-    nets = [tiny(), tiny()]
-    for net in nets:
-        net[1].weight.data[3] = net[3].weight.data[5] = g
-    expected = from_device(tmp_path / FILE, nets[0])
-    before = {name: value.clone() for name, value in nets[1].state_dict().items()}
-    with pytest.raises(AdapterError) as error:
-        attach_adapter(tmp_path / FILE, nets[1])
-    lines = str(error.value).splitlines()[1:]
-    assert [line.split(":")[0] for line in lines] == ["  - 0.weight", "  - 2.lora_b"]
-    assert "1 rows were trained where gamma / sigma of 1 is near zero" in lines[0]
-    assert "3 rows" in lines[1]  # one output channel, three kernel rows
-    assert "use the fused file, or load the adapter into fold_batchnorm(network)" in lines[1]
-    assert all(torch.equal(value, before[name]) for name, value in nets[1].state_dict().items())
-    folded = fold_batchnorm(nets[1])
-    attach_adapter(tmp_path / FILE, folded)
-    assert torch.equal(folded(images()), expected)
-
-
-def test_untrained_rows_pass_where_the_factor_is_zero(tmp_path: Path) -> None:
-    net = tiny()
-    net[1].weight.data[3] = net[3].weight.data[5] = 0.0
-    net[1].weight.data[4] = 1e-14
-    device = fold_batchnorm(net)
-    attach(device, LoraConfig(rank=1, biases="all"))
-    save_module_adapter(tmp_path / FILE, device, model="tiny")
-    rewrite(tmp_path / FILE, {"0.bias": None})
-    own, bias = net[0].weight.clone(), net[2].bias.clone()
-    attach_adapter(tmp_path / FILE, net)
-    torch.testing.assert_close(net[0].weight, own)
-    torch.testing.assert_close(net[2].bias, bias)
-
-
-def test_pairs_can_be_given_where_the_forward_pass_cannot_be_followed(tmp_path: Path) -> None:
-    expected = from_device(tmp_path / FILE, tiny())
-    net = DataDependent(*tiny())
-    attach_adapter(tmp_path / FILE, net, pairs=conv_bn_pairs(tiny()))
-    torch.testing.assert_close(nn.Sequential.forward(net, images()), expected, rtol=0, atol=1e-4)
 
 
 def test_an_unfolded_adapter_is_refused_by_a_network_without_bn_to_fold(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ LEGACY = {
     "BN folded by the exporter": {},
     "BN kept, equal tensors merged": {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False},
     "opset 11, initializers as inputs": {"opset_version": 11, "keep_initializers_as_inputs": True},
+    "opset 7": {"opset_version": 7},
+    "opset 9, BN kept": {"opset_version": 9, "training": torch.onnx.TrainingMode.PRESERVE},
     "opset 12": {"opset_version": 12},
     "opset 13, free batch": {"opset_version": 13, "dynamic_axes": {"x": {0: "n"}}, "input_names": ["x"]},
 }

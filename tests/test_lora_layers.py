@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 
 def update(layer: LoraConv, scale: float | Tensor) -> Tensor:
-    """Element by element, as methods.md states both layouts."""
+    """Element by element: each names the row of B and the column of A that it is made of."""
     shape = tuple(layer.weight.shape) if layer.weight.ndim == 4 else (*layer.weight.shape[:2], 1, layer.weight.shape[2])
     _, c_in, k_h, k_w = shape
     o, i, u, v = np.indices(shape)

@@ -69,5 +69,5 @@ def test_imagenet_weights_are_known_by_name_only_where_there_are_some() -> None:
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="w.pth not found"):
+    with pytest.raises(CheckpointError, match=r"w\.pth not found"):
         from_model(SPEC, spec(DATA), class_names=DATA.class_names, weights=tmp_path / "w.pth")

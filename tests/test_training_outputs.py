@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,14 @@ from lorac_deploy.training_outputs import save_training
 DATA = dataset(30)
 SPEC = ModelSpec("resnet20", 3)
 QUICK = TrainConfig(epochs=1, batch_size=15, val_fraction=0.2, lr=0.01)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_plots() -> Iterator[None]:
+    """As where matplotlib is not installed: drawing takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 def trained(method: str, policy: str) -> tuple[Start, TrainReport]:

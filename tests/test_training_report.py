@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -49,6 +50,12 @@ def test_a_plot_is_drawn_with_and_without_validation(tmp_path: Path, validated: 
         assert plot.width > 500
         assert len(plot.convert("RGB").getcolors(1 << 20)) > 50
     assert {p.name for p in tmp_path.iterdir()} == {"report.json", "plot.png"}
+
+
+def test_without_matplotlib_there_is_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    save_report(REPORT, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"report.json"}
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

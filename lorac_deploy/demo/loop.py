@@ -102,6 +102,6 @@ def _run(command: list[str], console: Console) -> None:
 def _start(command: list[str], console: Console) -> int:
     """Show and run a command; our own ones are those of this environment, whatever PATH says."""
     console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
-    own = Path(sys.executable).with_name(command[0])
+    own = Path(sys.executable).parent / command[0]
     program = [str(own)] if own.is_file() else [command[0]]
     return subprocess.run([*program, *command[1:]], env=device.environment(), check=False).returncode

@@ -129,7 +129,7 @@ def train_epoch(
 
     Raises DivergenceError as soon as a loss is not finite.
     """
-    order = np.random.default_rng(settings.seed).permutation(len(samples))
+    order = np.random.default_rng([settings.seed, history.epoch]).permutation(len(samples))
     batches = samples.batches(order)
     steps, started = settings.epochs * len(batches), time.perf_counter() - history.seconds
     losses: list[float] = []

@@ -333,6 +333,9 @@ def test_class_folders_are_read_in_the_order_of_classes_then_names(tmp_path: Pat
     found = load(tmp_path)
     np.testing.assert_array_equal(found.images, [first, second, third])
     assert found.labels.tolist() == [0, 2, 2]
+    turned = load_data(tmp_path, COLOUR, 3, NAMES[::-1])
+    np.testing.assert_array_equal(turned.images, [second, third, first])
+    assert turned.labels.tolist() == [0, 0, 2]
     assert (found.images.dtype, found.labels.dtype) == (np.uint8, np.int64)
 
 

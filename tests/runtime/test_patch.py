@@ -14,6 +14,7 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.numpy import load_file, save_file
 
+from lorac_runtime import fused
 from lorac_runtime import manifest as mf
 from lorac_runtime.delta import adapter_rank, adapter_shapes
 from lorac_runtime.errors import AdapterError, ArtifactError, OutputError
@@ -118,6 +119,18 @@ def test_frozen_fusing_adds_the_delta_and_takes_what_trained_in_full(
         np.testing.assert_array_equal(found[name], artifact.state[name])
     for name in ("conv3.bias", "norm.bias"):
         np.testing.assert_array_equal(found[name], artifact.base[name])
+
+
+@pytest.mark.parametrize("layout", ["spatial", "paper"])
+@pytest.mark.parametrize("channels", [0, 1, 4])
+def test_the_size_of_the_blocks_does_not_matter(
+    small: Maker, monkeypatch: pytest.MonkeyPatch, channels: int, layout: str
+) -> None:
+    artifact = small("batch", layout)
+    whole = fused_values(artifact)
+    monkeypatch.setattr(fused, "_BLOCK", channels * 96)  # multiply-adds of one output channel of conv2
+    for name, value in fused_values(artifact).items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["spatial", "paper"])
@@ -441,4 +454,9 @@ def test_fusing_a_resnet18_takes_less_than_150_ms_beside_reading_and_writing(tmp
     (tmp_path / mf.FILE_NAME).write_text(manifest.to_json())
     reports = [fuse(tmp_path, tmp_path / "fused.onnx", state) for _ in range(4)]
     assert reports[0].bytes_patched > 44_000_000
+    big = next(p for p in patches if p.tensor == "layer4.1.conv2.weight")  # added in many blocks
+    a, b = state["layer4.1.conv2.lora_a"], state["layer4.1.conv2.lora_b"]
+    change = np.einsum("oha,aiw->oihw", b.reshape(512, 3, -1), a.reshape(-1, 512, 3), optimize=True) * 2
+    found = read_tensor(tmp_path, dataclasses.replace(big, file="fused.onnx"))
+    np.testing.assert_allclose(found, read_tensor(tmp_path, big) + change, rtol=1e-4, atol=1e-4)
     assert min(report.compute_seconds for report in reports) < 0.15

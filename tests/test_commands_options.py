@@ -1,0 +1,109 @@
+"""Options come from the settings' fields; every one of them changes the settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from lorac_deploy.commands._options import (
+    add_lora_options,
+    add_training_options,
+    lora_config,
+    lora_given,
+    names,
+    sizes,
+    training_config,
+)
+from lorac_deploy.train_config import DEFAULTS, TrainConfig
+from lorac_exporters.plan import LoraConfig
+
+TRAINING = {
+    "--epochs": ("7", 7),
+    "--batch-size": ("9", 9),
+    "--optimizer": ("sgd", "sgd"),
+    "--lr": ("0.25", 0.25),
+    "--momentum": ("0.5", 0.5),
+    "--weight-decay": ("0.1", 0.1),
+    "--warmup": ("0.1", 0.1),
+    "--clip-norm": ("0", 0.0),
+    "--bn": ("recalibrate", "recalibrate"),
+    "--augment": ("crop", "crop"),
+    "--val-fraction": ("0.5", 0.5),
+    "--keep": ("last", "last"),
+    "--seed": ("3", 3),
+    "--threads": ("2", 2),
+}
+LORA = {
+    "--rank": (["8"], 8),
+    "--alpha": (["1.5"], 1.5),
+    "--rank-mode": (["r"], "r"),
+    "--layout": (["paper"], "paper"),
+    "--learnable-alpha": ([], True),
+    "--biases": (["all"], "all"),
+    "--small-layers": (["full"], "full"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser()
+    add_training_options(p)
+    add_lora_options(p)
+    return p
+
+
+def field(option: str) -> str:
+    return "bn_policy" if option == "--bn" else option[2:].replace("-", "_")
+
+
+def test_the_tables_cover_every_field() -> None:
+    assert {field(o) for o in TRAINING} == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert {field(o) for o in LORA} | {"seed"} == {f.name for f in dataclasses.fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("method", DEFAULTS)
+def test_without_options_the_methods_defaults_hold(method: str) -> None:
+    args = parser().parse_args([])
+    assert training_config(method, args) == DEFAULTS[method]
+    assert lora_config(args, 0) == LoraConfig()
+    assert lora_given(args) == {}
+
+
+@pytest.mark.parametrize("option", TRAINING)
+@pytest.mark.parametrize("method", ["full", "lora-c"])
+def test_each_training_option_sets_its_field_alone(method: str, option: str) -> None:
+    text, value = TRAINING[option]
+    found = training_config(method, parser().parse_args([option, text]))
+    assert found == dataclasses.replace(DEFAULTS[method], **{field(option): value})
+    assert found != DEFAULTS[method]
+
+
+@pytest.mark.parametrize("option", LORA)
+def test_each_lora_option_sets_its_field_alone(option: str) -> None:
+    arguments, value = LORA[option]
+    args = parser().parse_args([option, *arguments])
+    assert (
+        lora_config(args, 4) == dataclasses.replace(LoraConfig(seed=4), **{field(option): value}) != LoraConfig(seed=4)
+    )
+    assert lora_given(args) == {field(option): value}
+
+
+def test_help_shows_the_default_that_holds() -> None:
+    text = " ".join(parser().format_help().split())
+    assert "(default: 5 for full, 10 for head, 10 for lora-c)" in text
+    assert f"(default: {TrainConfig().batch_size})" in text
+    assert "nominal rank r (default: 4)" in text
+
+
+@pytest.mark.parametrize("text", ["0", "a", "3,4,5", "-1,4"])
+def test_a_wrong_size_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--size", type=sizes)
+    with pytest.raises(SystemExit):
+        p.parse_args([f"--size={text}"])
+    assert f"invalid sizes value: '{text}'" in capsys.readouterr().err
+
+
+def test_names_are_trimmed() -> None:
+    assert names(" a b, c") == ("a b", "c")
