@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import safetensors.torch
+from cifar_files import cifar10_files
 from training_cases import dataset, equal, state_of
 
 from lorac_deploy.checkpoint import Checkpoint, load_checkpoint
@@ -273,8 +274,6 @@ def test_an_unwritable_output_folder_is_found_before_training(
 
 
 def test_cifar_is_normalised_by_its_known_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_data import cifar10_files
-
     cifar10_files(tmp_path, monkeypatch)
     argv = ["--data", "cifar10", "--data-root", str(tmp_path), "--out", str(tmp_path / "out"), *QUICK]
     assert main([*argv, "--val-fraction", "0.3"]) == 0

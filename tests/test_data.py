@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from cifar_files import cifar10_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -207,28 +207,6 @@ def test_wrong_arguments_are_named() -> None:
         load_dataset("digits", channels=4)
     with pytest.raises(ValueError, match=r"size must be positive, got \(0, 3\)"):
         load_dataset("digits", size=(0, 3))
-
-
-def cifar10_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """Files in CIFAR-10's python format, 2 images each, whose checksums torchvision is told to expect."""
-    folder = root / datasets.CIFAR10.base_folder
-    folder.mkdir()
-    images = pixels(12, 3, 32, 32)
-
-    def write(name: str, content: dict) -> list[str]:
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    names = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]
-    lists = [
-        write(name, {"data": images[2 * i : 2 * i + 2].reshape(2, -1), "labels": [i, i + 1]})
-        for i, name in enumerate(names)
-    ]
-    meta = write("batches.meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[:5])
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[5:])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    return images.transpose(0, 2, 3, 1)
 
 
 def test_cifar10_is_read_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

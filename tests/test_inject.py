@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorac_deploy.models import ModelSpec, build
 from lorac_exporters.canonical import Canonical, canonicalize
 from lorac_exporters.inject import count_parameters, describe, inject, starting_values
 from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.delta import LAYOUTS, Layout
 from lorac_runtime.errors import ConversionError
 
@@ -167,3 +169,15 @@ def test_a_plan_for_another_graph_is_refused() -> None:
     other.graph.initializers["body.weight"].name = "renamed"
     with pytest.raises(ConversionError, match=r"body\.weight"):
         inject(other, plan, values)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_a_graph_and_its_module_give_the_same_facts(name: str) -> None:
+    net = build(ModelSpec(name, classes=10))
+    graph = export_graph(net, (3, 32, 32))
+    facts = describe(canonicalize(graph), canonicalize(graph, fold=False))
+    head = sum(p.numel() for k, p in net.named_parameters() if k.startswith(facts.head_weight[0].rsplit(".", 1)[0]))
+    assert facts.backbone_parameters == sum(p.numel() for p in net.parameters()) - head
+    full = METHODS["full"](facts, LoraConfig())
+    weights = {k for k, p in net.named_parameters() if k.endswith(".weight") and p.ndim > 1}
+    assert {t.name for t in full.trainables if t.role == "weight"} == weights

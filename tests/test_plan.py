@@ -76,7 +76,9 @@ def test_a_convolution_that_is_the_head_gets_no_adapter() -> None:
     assert [t.name for t in plan.trainables] == ["stem.weight", "classifier.weight"]
 
 
-@pytest.mark.parametrize("bad", [{"rank": 0}, {"alpha": 0.0}, {"alpha": math.nan}])
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0}, {"alpha": 0.0}, {"alpha": math.nan}, {"layout": "x"}, {"rank_mode": "x"}, {"biases": "x"}]
+)
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         LoraConfig(**bad)  # type: ignore[arg-type]

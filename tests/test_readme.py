@@ -43,9 +43,8 @@ def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     else:
         command = [sys.executable, "-c", block.text]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
-    )
+    user = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    return subprocess.run(command, cwd=folder, env={**user, "PATH": path}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -72,11 +72,14 @@ def test_other_inputs_computed_from_sizes_become_constant_too() -> None:
 
 
 def test_weights_that_the_graph_computes_stay_computed() -> None:
-    body = "p = MatMul (b, a) r = Reshape (p, form) w = Add (k, r) y = Conv (x, w)"
-    weights = numbers(b=(4, 2), a=(2, 3), k=(4, 3, 1, 1)) | constants(form=[4, 3, 1, 1])
+    body = (
+        "p = MatMul (b, a) r = Reshape (p, form) s = Mul (alpha, third) d = Mul (r, s) w = Add (k, d) y = Conv (x, w)"
+    )
+    weights = numbers(b=(4, 2), a=(2, 3), k=(4, 3, 1, 1), alpha=(1,), third=(1,)) | constants(form=[4, 3, 1, 1])
     model = from_text(body, weights=weights, y=MAPS)
     settle_shapes(model)
-    assert [node.op_type for node in model.graph] == ["MatMul", "Reshape", "Add", "Conv"]
+    assert [node.op_type for node in model.graph] == ["MatMul", "Reshape", "Mul", "Mul", "Add", "Conv"]
+    assert all(node.outputs[0].shape is not None for node in model.graph)
     assert array(model.graph[1].inputs[1]).tolist() == [4, 3, 1, 1]
 
 

@@ -82,6 +82,21 @@ def test_all_differences_from_the_state_dict_are_listed() -> None:
     ]
 
 
+def test_an_export_with_altered_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an exporter does that folds batch normalisation under the old weight names."""
+    real = torch_graph._trace
+
+    def folding(module: nn.Module, *rest: object) -> object:
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            other[0].weight *= 2
+        return real(other, *rest)
+
+    monkeypatch.setattr(torch_graph, "_trace", folding)
+    with pytest.raises(ConversionError, match=r"0\.weight differs by up to"):
+        export_graph(cnn(), (3, 16, 16))
+
+
 def test_control_flow_on_data_is_refused_with_the_module_and_the_shape() -> None:
     class Branching(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -200,6 +200,7 @@ def adapter_metadata(manifest: mf.Manifest) -> dict[str, str]:
         "method": manifest.method,
         "layout": first.layout if first else "",
         "r": str(first.r) if first else "",
+        "rank_mode": ("rk" if any(a.rank > a.r for a in manifest.adapters) else "r") if first else "",
         "alpha": repr(first.alpha) if first else "",
         "bn_policy": manifest.bn_policy,
         "coordinates": manifest.coordinates,

@@ -68,6 +68,7 @@ class Graphs:
             self.network.head_weight[0],
             *([self.network.head_bias[0]] if self.network.head_bias else []),
         ]
+        names += [t.name for t in self.network.others]
         names += [n for bn in self.base.batchnorms for n in self._bn_names(bn.affine, bn.folded_into)]
         if self.policy == "batch":
             for bn in self.base.batchnorms:

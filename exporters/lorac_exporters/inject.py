@@ -13,12 +13,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_exporters.canonical import Canonical
-from lorac_exporters.graph_tools import array, constant, convolutions, layer_name
+from lorac_exporters.graph_tools import array, constant, convolutions, layer_name, nodes_of
 from lorac_exporters.heads import find_head
 from lorac_exporters.plan import ConvLayer, Network, Plan
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import ConversionError
-from lorac_runtime.manifest import Adapter
+from lorac_runtime.manifest import Adapter, Trainable
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,13 +39,25 @@ def describe(canonical: Canonical, original: Canonical | None = None) -> Network
         head_bias=(head.bias, bias.shape),
         backbone_parameters=count_parameters(original or canonical) - weight.size - bias.size,
         batchnorms=tuple((bn.weight, bn.bias, canonical.values[bn.weight].size) for bn in kept_bn),
+        others=_hidden_linear(canonical, head.weight),
     )
+
+
+def _hidden_linear(canonical: Canonical, head_weight: str) -> tuple[Trainable, ...]:
+    """Weights and biases of fully connected layers before the head, in graph order."""
+    found: list[Trainable] = []
+    for node in nodes_of(canonical.model.graph, "Gemm", "MatMul"):
+        names = [str(v.name) for v in node.inputs if v is not None and v.name in canonical.values]
+        if head_weight not in names:
+            found += [Trainable(n, canonical.values[n].shape, role) for n, role in zip(names, ("weight", "bias"))]  # noqa: B905 - a bias may be absent
+    return tuple({t.name: t for t in found}.values())
 
 
 def count_parameters(canonical: Canonical) -> int:
     """Parameters as PyTorch counts them: running statistics and the zero biases that we added left out."""
     skipped = {name for bn in canonical.batchnorms for name in (bn.running_mean, bn.running_var)}
-    return sum(v.size for k, v in canonical.values.items() if k not in skipped | canonical.added)
+    counted = (v for k, v in canonical.values.items() if k not in skipped | canonical.added)
+    return sum(v.size for v in counted if v.ndim)  # scalars are settings of operators, such as the bounds of Clip
 
 
 def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[str, Floats]:

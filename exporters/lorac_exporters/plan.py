@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from lorac_runtime.delta import (
+    LAYOUTS,
+    RANK_MODES,
     Layout,
     RankMode,
     adapter_rank,
@@ -52,6 +54,10 @@ class LoraConfig:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive, got {self.alpha}")
+        allowed = {"rank_mode": RANK_MODES, "layout": LAYOUTS, "biases": BIASES, "small_layers": SMALL_LAYERS}
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
 
     @property
     def effective_alpha(self) -> float:

@@ -21,7 +21,7 @@ from lorac_runtime.errors import LoracDeployError, OutputError
 
 FINETUNE = Path("runtime") / "ort_finetune.py"
 WRITTEN = {"data", "base", "artifact", "adapted", "plot.png", "summary.json"}
-BASE_EPOCHS = 8
+BASE_EPOCHS = 6
 
 
 def prepare(out: Path, device_python: Path) -> None:

@@ -22,7 +22,7 @@ def check_outputs(artifact: Path, out: Path, manifest: Manifest, *, data: Path, 
     for source, what in ((artifact, "the training artifact"), (data, "the folder of images")):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise OutputError(f"{out} lies in {what} {source}, which is never modified; choose another output folder")
-    if False:
+    if (out / FILE_NAME).exists():
         raise OutputError(f"{out} is a training artifact itself; choose another output folder")
     if adapter is not None and (out / ADAPTER).resolve() == adapter.resolve():
         raise OutputError(f"{out / ADAPTER} would overwrite the adapter it starts from; choose another output folder")
