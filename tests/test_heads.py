@@ -8,8 +8,8 @@ import onnx_ir as ir
 import pytest
 from exporter_graphs import assert_same, constants, from_text, image, numbers, outputs
 
-from lorac_exporters.canonical import canonicalize
-from lorac_exporters.heads import closing_softmax, find_head, remove_softmax, replace_head
+from lorac_exporters.canonical import canonicalize, with_new_head
+from lorac_exporters.heads import find_head, remove_softmax, replace_head
 from lorac_runtime.errors import ConversionError
 
 BODY = "c = Conv (x, c.weight, c.bias) g = GlobalAveragePool (c) f = Flatten (g) "
@@ -18,7 +18,6 @@ GEMM = BODY + "y = Gemm <transB = 1> (f, fc.weight, fc.bias)"
 TAILS = {
     "nothing": "y = Gemm <transB = 1> (f, fc.weight, fc.bias)",
     "LogSoftmax": "z = Gemm <transB = 1> (f, fc.weight, fc.bias) y = LogSoftmax <axis = 1> (z)",
-    "Softmax": "z = Gemm <transB = 1> (f, fc.weight, fc.bias) y = Softmax <axis = 1> (z)",
     "Reshape": "z = Gemm <transB = 1> (f, fc.weight, fc.bias) y = Reshape (z, shape)",
 }
 
@@ -133,6 +132,21 @@ def test_a_new_head_has_the_new_width_and_starts_like_a_linear_layer(name: str) 
     np.testing.assert_array_equal(values["fc.bias"], np.zeros(8))
 
 
+def test_both_forms_of_a_network_get_the_same_new_head() -> None:
+    norm = numbers(n_weight=(6,), n_bias=(6,), n_running_mean=(6,), n_running_var=(6,))
+    tensors = "n.weight, n.bias, n.running_mean, n.running_var"
+    body = GEMM.replace("g = Gl", f"d = BatchNormalization (c, {tensors}) g = Gl").replace("(c) f", "(d) f")
+    model = from_text(body, weights=fc() | norm)
+    forms = [with_new_head(canonicalize(model, fold=fold), 7, seed=5) for fold in (True, False)]
+    first, second = (outputs(form.model, image(3, 3, 8, 8)) for form in forms)
+    assert first.shape == (3, 7)
+    assert_same(first, second, tolerance=1e-5)
+    assert forms[0].changes[-1] == "fc.weight: a new classifier for 7 classes"
+    np.testing.assert_array_equal(forms[0].values["fc.weight"], forms[1].values["fc.weight"])
+    assert forms[0].values["fc.bias"].shape == (7,)
+    assert canonicalize(model).values["fc.bias"].shape == (5,)
+
+
 def test_the_seed_decides_the_new_head() -> None:
     made = []
     for seed in (1, 1, 2):
@@ -148,18 +162,23 @@ def test_a_head_of_one_class_is_refused() -> None:
         replace_head(from_text(GEMM, weights=fc()), 1, seed=0)
 
 
-def test_a_closing_softmax_is_seen_and_can_be_taken_off() -> None:
-    model = canonicalize(from_text(BODY + TAILS["Softmax"], weights=fc())).model
-    assert closing_softmax(model.graph) is not None
+SOFTMAX = "z = Gemm <transB = 1> (f, fc.weight, fc.bias) y = Softmax <axis = 1> (z)"
+
+
+def test_probabilities_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConversionError, match=r"made probabilities by Softmax .*: export the model without"):
+        find_head(from_text(BODY + SOFTMAX, weights=fc()))
+
+
+@pytest.mark.parametrize("tail", ["", " p = Reshape (q, shape)"])
+def test_a_closing_softmax_can_be_taken_off(tail: str) -> None:
+    body = BODY + (SOFTMAX.replace(" y =", " q =") + tail.replace("p =", "y =") if tail else SOFTMAX)
+    model = canonicalize(from_text(body, weights=fc())).model
     probabilities = outputs(model, image(3, 3, 8, 8))
     assert remove_softmax(model)
     logits = outputs(model, image(3, 3, 8, 8))
     shifted = np.exp(logits - logits.max(1, keepdims=True))
     assert_same(shifted / shifted.sum(1, keepdims=True), probabilities, tolerance=1e-6)
     assert [v.name for v in model.graph.outputs] == ["y"]
+    assert find_head(model).weight == "fc.weight"
     assert not remove_softmax(model)
-
-
-@pytest.mark.parametrize("tail", ["nothing", "LogSoftmax"])
-def test_logits_and_log_probabilities_need_nothing_taken_off(tail: str) -> None:
-    assert closing_softmax(from_text(BODY + TAILS[tail], weights=fc()).graph) is None

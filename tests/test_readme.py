@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,9 @@ def workspace(root: Path, tmp_path: Path) -> Path:
     )
     net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
     images, batch = torch.zeros(2, 3, 32, 32), torch.export.Dim("batch")
-    program = torch.onnx.export(net, (images,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's exporter about PyTorch
+        program = torch.onnx.export(net, (images,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
     assert program is not None
     program.save(tmp_path / "any_cnn.onnx")
     return tmp_path

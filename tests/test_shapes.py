@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorac_exporters.graph_tools import array, nodes_of
-from lorac_exporters.shapes import free_batch, merged_shape, settle_shapes, trace
+from lorac_exporters.shapes import fix_image_size, free_batch, merged_shape, settle_shapes, trace
 from lorac_runtime.errors import ConversionError
 
 MAPS = "float[batch,4,8,8] y"
@@ -140,3 +140,18 @@ def test_shapes_of_different_rank_do_not_merge() -> None:
     assert merged_shape((2, 3), (3, 3, 1)) is None
     assert merged_shape(None, (3,)) is None
     assert merged_shape((2, 3), (3, 3)) == (None, 3)
+
+
+@pytest.mark.parametrize("sizes", ["h,w", "8,w"])
+def test_an_open_image_size_can_be_chosen(sizes: str) -> None:
+    model = from_text("y = Relu (x)", weights={}, x=f"float[b,3,{sizes}] x", y="float[b,3,h,w] y")
+    assert fix_image_size(model, (8, 10)) == ["input 'x': its size was open, it is (8, 10) now"]
+    assert str(model.graph.inputs[0].shape) == "[b,3,8,10]"
+    assert fix_image_size(model, (8, 10)) == []
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 9), (9, 8), (8, 8, 8)])
+def test_a_fixed_image_size_cannot_be_changed(size: tuple[int, ...]) -> None:
+    model = from_text("y = Relu (x)", weights={}, x="float[b,3,8,8] x", y="float[b,3,8,8] y")
+    with pytest.raises(ConversionError, match="not of size"):
+        fix_image_size(model, size)

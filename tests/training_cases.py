@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import nn
 
 from lorac_deploy.data import Dataset, input_spec
+from lorac_deploy.lora import LoraConfig
+from lorac_deploy.train import TrainConfig, TrainReport, train
 from lorac_runtime.manifest import InputSpec
 
 NAMES = ("red", "green", "blue")
@@ -53,3 +57,14 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two states hold the same bits under the same names."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+DATA = dataset()
+QUICK = TrainConfig(epochs=3, batch_size=10, bn_policy="batch", val_fraction=0.2)
+LEARNING = dataclasses.replace(QUICK, epochs=6, lr=0.03)
+
+
+def run(
+    net: nn.Module, data: Dataset = DATA, *, method: str = "full", config: TrainConfig = QUICK, **more
+) -> TrainReport:
+    return train(net, data, input_spec=spec(data), method=method, config=config, lora=LoraConfig(rank=1), **more)

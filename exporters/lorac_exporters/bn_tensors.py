@@ -27,7 +27,7 @@ def batchnorm_tensors(
             tensors[name] = unfolded[name]
         if not bn.affine:
             tensors |= _lost_by_folding(bn, unfolded)
-    return tensors
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}  # safetensors writes memory as it is
 
 
 def _lost_by_folding(bn: BatchNorm, unfolded: dict[str, npt.NDArray[np.float32]]) -> dict[str, Array]:
@@ -38,6 +38,6 @@ def _lost_by_folding(bn: BatchNorm, unfolded: dict[str, npt.NDArray[np.float32]]
     factor = np.abs(fold_factor(unfolded[bn.weight], unfolded[bn.running_var], bn.eps))
     rows = np.flatnonzero(factor <= SMALLEST_FACTOR * max(float(factor.max()), 1.0))
     if rows.size:
-        found[f"{bn.name}.conv_rows"] = np.ascontiguousarray(weight[rows])
+        found[f"{bn.name}.conv_rows"] = weight[rows]
         found[f"{bn.name}.conv_row_index"] = rows.astype(np.int64)
     return found

@@ -28,7 +28,7 @@ from lorac_exporters.graph_tools import (
     remove_unused,
     static_dims,
 )
-from lorac_exporters.heads import normalize_head
+from lorac_exporters.heads import find_head, normalize_head, replace_head
 from lorac_exporters.naming import name_computed
 from lorac_exporters.shapes import free_batch, settle_shapes
 from lorac_exporters.sharing import unshare
@@ -81,6 +81,21 @@ def canonicalize(model: ir.Model, *, fold: bool = True) -> Canonical:
     return _result(twin, changes, sites, added)
 
 
+def with_new_head(canonical: Canonical, classes: int, *, seed: int) -> Canonical:
+    """A copy whose classifier is new, for ``classes`` classes; see `lorac_exporters.heads.replace_head`.
+
+    With one seed, the folded and the unfolded form of a network get the same classifier.
+
+    Raises ValueError if there are fewer than 2 classes.
+    """
+    model = canonical.model.clone()
+    replace_head(model, classes, seed=seed)
+    change = f"{find_head(model).weight}: a new classifier for {classes} classes"
+    return dataclasses.replace(
+        canonical, model=model, changes=(*canonical.changes, change), values=_float_values(model)
+    )
+
+
 def _clean(model: ir.Model) -> tuple[list[str], frozenset[str]]:
     """Functions, constants and idle nodes; returns the changes, and the names of the model's own initializers."""
     changes = [*cleaning.inline_functions(model), *cleaning.own_initializers(model)]
@@ -107,16 +122,13 @@ def _finish(model: ir.Model) -> list[str]:
 
 
 def _result(model: ir.Model, changes: list[str], sites: tuple[Site, ...], added: list[str]) -> Canonical:
-    floats = {
-        name: float_array(value) for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.FLOAT
-    }
-    return Canonical(
-        model=model,
-        changes=tuple(changes),
-        batchnorms=tuple(site.record for site in sites),
-        values=floats,
-        added=frozenset(added),
-    )
+    records = tuple(site.record for site in sites)
+    return Canonical(model, tuple(changes), records, _float_values(model), frozenset(added))
+
+
+def _float_values(model: ir.Model) -> dict[str, Floats]:
+    initializers = model.graph.initializers.items()
+    return {name: float_array(value) for name, value in initializers if value.dtype == ir.DataType.FLOAT}
 
 
 def _check_canonical(model: ir.Model, *, folded: bool) -> None:

@@ -1,7 +1,10 @@
 """The classifier of a network: finding it, giving it the canonical form, replacing it.
 
 The head is the last Gemm, MatMul or 1 x 1 convolution whose output reaches the graph's output through nothing
-but shape operators, pooling, Relu (SqueezeNet) and a closing LogSoftmax or Softmax.
+but shape operators, pooling, Relu (SqueezeNet) and a closing LogSoftmax. Cross-entropy takes logits; it takes
+log-probabilities as well, since log_softmax changes nothing the second time. Probabilities it does not take: a
+closing Softmax is refused, because training through it would go wrong in silence, and removing it unasked would make
+the adapted file no drop-in for the user's.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import onnx_ir as ir
 
 from lorac_exporters.graph_tools import (
     array,
+    bypass,
     constant,
     describe,
     float_array,
@@ -68,8 +72,9 @@ class Head:
 def find_head(model: ir.Model) -> Head:
     """The classifier of a canonical graph.
 
-    Raises ConversionError if the graph's output does not come from one.
+    Raises ConversionError if the graph's output does not come from one, or is made probabilities by a Softmax.
     """
+    _refuse_softmax(model.graph)
     node = _last_linear(model.graph)
     weight = float_array(need(node.inputs[1]))
     bias = input_at(node, 2)
@@ -120,31 +125,32 @@ def replace_head(model: ir.Model, classes: int, *, seed: int) -> None:
     settle_shapes(model)
 
 
-def closing_softmax(graph: ir.Graph) -> ir.Node | None:
-    """The Softmax that makes the output probabilities; None if the output is logits or log-probabilities.
+def remove_softmax(model: ir.Model) -> bool:
+    """Let the graph output logits where a closing Softmax made them probabilities; says whether one was there.
 
-    Cross-entropy needs logits. It takes log-probabilities as well, since log_softmax changes nothing the second
-    time, so LogSoftmax is no obstacle.
+    The app that reads the file must then apply softmax by itself, if it needs probabilities. There is no inverse.
     """
+    node = _closing_softmax(model.graph)
+    if node is None:
+        return False
+    bypass(node)
+    return True
+
+
+def _refuse_softmax(graph: ir.Graph) -> None:
+    node = _closing_softmax(graph)
+    if node is not None:
+        raise ConversionError(
+            f"output {graph.outputs[0].name!r} is made probabilities by {describe(node)}, expected logits: export the "
+            "model without its last softmax and apply it in the app (lorac_exporters.heads.remove_softmax does it)"
+        )
+
+
+def _closing_softmax(graph: ir.Graph) -> ir.Node | None:
     node: ir.Node | None = graph.outputs[0].producer()
     while node is not None and node.op_type in ("Flatten", "Identity", "Reshape", "Squeeze"):
         node = need(node.inputs[0]).producer()
     return node if node is not None and node.domain == "" and node.op_type == "Softmax" else None
-
-
-def remove_softmax(model: ir.Model) -> bool:
-    """Let the graph output logits where it outputs probabilities; for training graphs. Whether one was there.
-
-    The app's file keeps its Softmax: without it the fused file would be no drop-in.
-    """
-    node = closing_softmax(model.graph)
-    if node is not None:
-        source, name = need(node.inputs[0]), node.outputs[0].name
-        replaced = node.outputs[0]
-        replaced.replace_all_uses_with(source, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
-        source.name = name
-    return node is not None
 
 
 def _last_linear(graph: ir.Graph) -> ir.Node:
@@ -162,7 +168,7 @@ def _last_linear(graph: ir.Graph) -> ir.Node:
     found = "the graph's input" if node is None else describe(node)
     raise ConversionError(
         f"no classifier found: output {output.name!r} comes from {found}; expected a Gemm, MatMul or 1 x 1 Conv "
-        "that gives the logits (a closing Softmax, pooling or flattening is fine)"
+        "that gives the logits (pooling, flattening or LogSoftmax behind it is fine)"
     )
 
 

@@ -165,6 +165,23 @@ def _check_settled(graph: ir.Graph) -> None:
         raise ConversionError(listed(advice, problems))
 
 
+def fix_image_size(model: ir.Model, size: tuple[int, ...]) -> list[str]:
+    """Give the input's spatial axes the sizes ``size``, (height, width), where the file leaves them open, in place.
+
+    Returns what was changed.
+
+    Raises ConversionError if the file fixes other sizes.
+    """
+    image = model.graph.inputs[0]
+    dims = list(image.shape or ())
+    open_axes = [axis for axis in range(2, len(dims)) if not isinstance(dims[axis], int)]
+    wanted = [*dims[:2], *(size[axis - 2] if axis in open_axes else dims[axis] for axis in range(2, len(dims)))]
+    if len(dims) != len(size) + 2 or wanted[2:] != list(size):
+        raise ConversionError(f"input {image.name!r} has shape {image.shape}, which is not of size {size}")
+    image.shape = ir.Shape(wanted)
+    return [f"input {image.name!r}: its size was open, it is {size} now"] if open_axes else []
+
+
 def free_batch(model: ir.Model) -> list[str]:
     """Give the first axis of the input the name "batch"; Reshape targets that hold a fixed batch get -1.
 

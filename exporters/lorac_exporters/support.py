@@ -68,7 +68,7 @@ def _input_problems(value: ir.Value) -> Iterator[str]:
     if any(not isinstance(dim, int) for dim in list(value.shape)[1:]):
         yield (
             f"input {value.name!r} has shape {value.shape}; all sizes but the batch must be numbers: "
-            "give one with --input-shape channels,height,width, or export the model for one image size"
+            "choose one (lorac_exporters.shapes.fix_image_size), or export the model for one image size"
         )
     elif _is_channels_last(value):
         yield (
