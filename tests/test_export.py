@@ -142,7 +142,9 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
 ) -> None:
     options = ["--onnx", str(own_file), "--mean", "0.5,0.4,0.3", "--std", "0.25,0.2,0.3", "--rank", "2"]
     assert command.main([*options, "--out", str(tmp_path / "artifact")]) == 0
-    assert "adapters" in capsys.readouterr().out
+    assert "differences from the model given (--list-changes" in capsys.readouterr().out
+    assert command.main([*options, "--list-changes", "--out", str(tmp_path / "artifact")]) == 0
+    assert "changed: BatchNormalization" in capsys.readouterr().out
     fused = adapt(tmp_path / "artifact", tmp_path / "adapted")
     base = tmp_path / "artifact" / mf.BASE
     assert verify_command.main([str(base), str(fused)]) == 0

@@ -231,6 +231,13 @@ def test_statistics_of_a_cloud_adapter_refold_the_base(data: Path, out: Path, tm
     assert np.abs(fused - oracle.numpy()).max() < 1e-4 * max(1.0, np.abs(fused).max())
 
 
+def test_recalibration_does_not_start_from_another_adapter(data: Path, out: Path, tmp_path: Path) -> None:
+    """Its statistics are estimated on the base alone, so they would not fit."""
+    tiny = build(tmp_path / "a", Recipe(bn_policy="recalibrate"))
+    with pytest.raises(AdapterError, match="re-estimates the statistics of its base"):
+        finetune(tiny.folder, data, out, adapter=tiny.folder / "adapter.safetensors")
+
+
 def test_recalibration_uses_the_training_images_only(data: Path, out: Path, tmp_path: Path) -> None:
     tiny = build(tmp_path / "a", Recipe(bn_policy="recalibrate"))
     report = finetune(tiny.folder, data, out, FinetuneConfig(epochs=1, batch_size=16))

@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--input-uint8", action="store_true", help="put scale/mean/std into the graph: it takes raw uint8 NHWC"
     )
+    p.add_argument("--list-changes", action="store_true", help="list everything that base.onnx does otherwise")
     _add_onnx_options(p)
     _add_method_options(p)
     _add_training_options(p)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     with console.status("reading the model") as status:
         report = _export(args, config, lambda text: status.update(text))
-    _show(report)
+    _show(report, list_changes=args.list_changes)
     return 0
 
 
@@ -149,26 +150,22 @@ def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Calla
     )
 
 
-def _show(report: ExportReport) -> None:
+def _show(report: ExportReport, *, list_changes: bool) -> None:
     manifest = report.manifest
     share = manifest.trained_parameters / manifest.model_parameters
+    size = sum(f.nbytes for f in manifest.files.values()) / 1e6
+    changes = "" if list_changes or not report.changes else " (--list-changes shows them)"
     table = Table(show_header=False, title=f"training artifact {report.folder}")
     table.add_row("model", f"{manifest.model}, {manifest.model_parameters:,} parameters")
-    table.add_row(
-        "trains",
-        f"{manifest.trained_parameters:,} parameters ({share:.2%}) by {manifest.method}, BN {manifest.bn_policy}",
-    )
-    table.add_row("adapters", f"{len(manifest.adapters)} convolutions")
+    table.add_row("trains", f"{manifest.trained_parameters:,} parameters ({share:.2%})")
+    table.add_row("method", f"{manifest.method}, {len(manifest.adapters)} adapters, BN {manifest.bn_policy}")
     table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
-    table.add_row(
-        "files",
-        f"{sum(f.nbytes for f in manifest.files.values()) / 1e6:.1f} MB in all, "
-        f"base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB",
-    )
+    table.add_row("files", f"{size:.1f} MB in all, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB")
+    table.add_row("base.onnx", f"{len(report.changes)} differences from the model given{changes}")
+    table.add_row("time", f"{report.seconds:.1f} s")
     console = Console()
     console.print(table)
-    for change in report.changes:
-        console.print(f"changed: {change}")
+    for change in report.changes if list_changes else ():
+        console.print(f"changed: {change}", soft_wrap=True, markup=False)
     for layer, reason in report.frozen:
-        console.print(f"frozen: {layer}: {reason}")
-    console.print(f"done in {report.seconds:.1f} s")
+        console.print(f"frozen: {layer}: {reason}", soft_wrap=True, markup=False)

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime import resume
-from lorac_runtime.adapter import load_adapter, save_adapter, to_manifest_coordinates
+from lorac_runtime.adapter import AdapterFile, load_adapter, save_adapter, to_manifest_coordinates
 from lorac_runtime.config import FinetuneConfig, Settings
 from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_split
 from lorac_runtime.engines import Engine, open_engine
 from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import FUSED, check_outputs, remove_partial_files
-from lorac_runtime.patch import batchnorm_tensors, fuse
+from lorac_runtime.patch import FuseReport, batchnorm_tensors, fuse
 from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import (
     FinetuneReport,
@@ -35,7 +35,7 @@ from lorac_runtime.report import (
     versions,
     write_report,
 )
-from lorac_runtime.training import History, OnProgress, Progress, Samples, diverged, evaluate, train_epoch
+from lorac_runtime.training import Evaluation, History, OnProgress, Progress, Samples, diverged, evaluate, train_epoch
 
 __all__ = ["FinetuneConfig", "FinetuneReport", "Progress", "finetune"]
 
@@ -106,7 +106,7 @@ def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, 
     verify_files(artifact, manifest)
     local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names)
     own = load_adapter(artifact / ADAPTER)
-    file = own if adapter is None else load_adapter(adapter)
+    file = own if adapter is None else _other_start(manifest, adapter)
     train, held = stratified_split(local.labels, settings.val_fraction, settings.seed)
     samples = Samples(local, train, manifest.input, settings.batch_size, merge_single=manifest.bn_policy == "batch")
     return _Job(
@@ -120,6 +120,15 @@ def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, 
         metadata=_metadata(manifest, own.metadata),
         run=_identity(artifact, local, settings, adapter),
     )
+
+
+def _other_start(manifest: Manifest, path: Path) -> AdapterFile:
+    if manifest.bn_policy == "recalibrate":
+        raise AdapterError(
+            f"{path}: an artifact with BN policy recalibrate re-estimates the statistics of its base before it trains, "
+            "and these would not be those of the adapted model; leave the adapter out, or export with another policy"
+        )
+    return load_adapter(path)
 
 
 def _metadata(manifest: Manifest, start: dict[str, str]) -> dict[str, str]:
@@ -187,11 +196,21 @@ def _written(engine: Engine, job: _Job, history: History, *, started: float) -> 
     after, state = evaluate(engine, job.probe), engine.state()
     if not math.isfinite(after.loss):
         raise DivergenceError(diverged(f"the loss is {after.loss} after the last step", job.settings))
-    before = history.before if len(job.held_out) else None
     save_adapter(job.out / ADAPTER, state, job.metadata)
     fused = fuse(job.artifact, job.out / FUSED, state)
+    report = _report(engine, job, history, after=after, fused=fused, seconds=time.perf_counter() - started)
+    write_report(job.out, report)
+    resume.discard(job.out)
+    _warn(report)
+    return report
+
+
+def _report(
+    engine: Engine, job: _Job, history: History, *, after: Evaluation, fused: FuseReport, seconds: float
+) -> FinetuneReport:
     manifest = job.manifest
-    report = FinetuneReport(
+    before = history.before if len(job.held_out) else None
+    return FinetuneReport(
         engine=engine.name,
         method=manifest.method,
         model=manifest.model,
@@ -205,7 +224,7 @@ def _written(engine: Engine, job: _Job, history: History, *, started: float) -> 
         train_images=len(job.training),
         val_images=len(job.held_out),
         step_seconds=statistics.median(history.step_seconds),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         fuse_seconds=fused.compute_seconds,
         peak_memory_bytes=peak_memory_bytes(),
         trained_parameters=manifest.trained_parameters,
@@ -215,10 +234,6 @@ def _written(engine: Engine, job: _Job, history: History, *, started: float) -> 
         versions=versions(engine.name, engine.version),
         run=job.run,
     )
-    write_report(job.out, report)
-    resume.discard(job.out)
-    _warn(report)
-    return report
 
 
 def _warn(report: FinetuneReport) -> None:
