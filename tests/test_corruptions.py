@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorac_deploy.corruptions import DRIFTS, corrupt, list_corruptions
 from lorac_deploy.corruptions.blur import disk
-from lorac_deploy.corruptions.weather import plasma
+from lorac_deploy.corruptions.weather import plasma, refine
 
 ALL = list_corruptions()
 RANDOM = {
@@ -224,6 +224,15 @@ def test_elastic_transform_moves_but_keeps_the_palette() -> None:
     assert difference(image, "elastic_transform", 5) > 2
 
 
+def test_elastic_transforms_go_nowhere_on_average() -> None:
+    ramp = np.broadcast_to((np.arange(32, dtype=np.uint8) * 8)[:, None, None], (32, 32, 3))[None]
+    for images in (ramp, ramp.transpose(0, 2, 1, 3)):
+        moved = [corrupt(images, "elastic_transform", 1, seed=seed).astype(int) - images for seed in range(30)]
+        pixels = np.stack(moved)[:, 0, 8:24, 8:24] / 8
+        assert abs(pixels.mean()) < 0.5
+        assert 0.5 < np.abs(pixels).mean() < 2.6  # corners move by up to 8 % of 32 pixels
+
+
 def test_fog_never_brightens_the_brightest_pixel_and_lightens_the_dark() -> None:
     images = scene()
     found = corrupt(images, "fog", 5)
@@ -238,6 +247,21 @@ def test_plasma_is_a_periodic_map_in_the_unit_range(size: int, decay: float, see
     assert cloud.min() == 0
     assert cloud.max() == 1
     assert cloud.shape[0] >= size > cloud.shape[0] // 2
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_a_level_of_plasma_takes_the_means_of_four_neighbours_around_the_border(step: int) -> None:
+    field = np.zeros((8, 8))
+    field[::step, ::step] = np.random.default_rng(0).random((8 // step, 8 // step))
+    expected, half = field.copy(), step // 2
+    squares = [(y, x) for y in range(half, 8, step) for x in range(half, 8, step)]
+    sides = [(y, x) for y in range(0, 8, half) for x in range(0, 8, half) if (y + x) // half % 2 == 1]
+    for points, reach in ((squares, [(-half, -half), (-half, half), (half, -half), (half, half)]),
+                          (sides, [(-half, 0), (half, 0), (0, -half), (0, half)])):  # fmt: skip
+        for y, x in points:
+            expected[y, x] = np.mean([expected[(y + dy) % 8, (x + dx) % 8] for dy, dx in reach])
+    refine(field, step, 0.0, np.random.default_rng(0))
+    np.testing.assert_allclose(field, expected, atol=1e-12)
 
 
 def test_plasma_is_smoother_with_a_faster_decay() -> None:

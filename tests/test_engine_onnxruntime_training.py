@@ -1,4 +1,4 @@
-"""The engine against PyTorch and against formulas written here."""
+"""The engine's steps against PyTorch and against formulas written here, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,60 +6,22 @@ import dataclasses
 import math
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_torch
 import torch
-from artifacts import BN_FIELDS, BNS, CLASSES, EPS, Arrays, C, H, Recipe, Tiny, W, build
+from engine_cases import RELU, SMOOTH, Make, batch, distance, engine_of, maker, reference_values, worst
+from tiny_network import CLASSES, Arrays, C, H, W
 
-from lorac_runtime.engines import Engine, open_engine
+from lorac_runtime.engines import open_engine
 from lorac_runtime.engines.onnxruntime_training import OnnxRuntimeTraining
-from lorac_runtime.errors import CheckpointError, DataError, EngineError
-
-Make = Callable[..., Tiny]
-SMOOTH, RELU = 1e-5, 1e-4  # relative, per tensor; a ReLU near zero may switch between two float32 routes
+from lorac_runtime.errors import EngineError
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Artifacts by recipe, each built once."""
-    built: dict[Recipe, Tiny] = {}
-
-    def get(**recipe: object) -> Tiny:
-        key = Recipe(**recipe)
-        if key not in built:
-            built[key] = build(tmp_path_factory.mktemp("artifact") / "a", key)
-        return built[key]
-
-    return get
-
-
-def engine_of(tiny: Tiny) -> Engine:
-    return open_engine(tiny.folder, tiny.manifest, threads=1)
-
-
-def batch(size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, CLASSES, size)
-    return (rng.standard_normal((size, C, H, W)) + labels[:, None, None, None]).astype(np.float32), labels
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """||a - b|| / ||b||."""
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12))
-
-
-def worst(found: Arrays, expected: Arrays) -> tuple[float, str]:
-    assert found.keys() == expected.keys()
-    return max((distance(found[k], expected[k]), k) for k in expected)
-
-
-def reference_values(tiny: Tiny) -> tuple[Arrays, str]:
-    """The numbers that the training graph holds, and how PyTorch must treat BN."""
-    return (tiny.unfolded, "train") if tiny.manifest.bn_policy == "batch" else (tiny.folded, "folded")
+    return maker(tmp_path_factory)
 
 
 @pytest.mark.parametrize("policy", ["frozen", "batch", "recalibrate"])
@@ -131,31 +93,6 @@ def test_weights_after_adamw_steps_agree_with_the_formula(make: Make, clip: floa
     assert worst(found, moved)[0] < 1e-4  # Adam divides by |g|: rounding of small gradients counts in full
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.3])
-def test_running_statistics_under_batch_are_those_of_pytorch(make: Make, momentum: float) -> None:
-    tiny = make(bn_policy="batch", optimizer="sgd", clip_norm=0.0, momentum=momentum, lora_b=1.0)
-    oracle, engine = tiny_torch.tensors(tiny.unfolded, tiny.start), engine_of(tiny)
-    for step, size in enumerate((8, 2, 1, 16)):  # small batches: n / (n - 1) is far from 1
-        x, y = batch(size, step)
-        tiny_torch.logits(oracle, x, bn="train", momentum=momentum)
-        engine.train_step(x, y, 0.0)
-    statistics = {k: v for k, v in engine.state().items() if "running" in k}
-    assert len(statistics) == 2 * len(BNS)
-    assert worst(statistics, {k: oracle[k].numpy() for k in statistics})[0] < 1e-6
-    x, y = batch(9, 9)
-    expected = tiny_torch.logits(oracle, x, bn="eval").detach().numpy()
-    assert distance(engine.eval_step(x, y)[1], expected) < SMOOTH  # and evaluation uses them
-
-
-def test_a_batch_without_variance_is_refused_under_batch(make: Make) -> None:
-    tiny = make(bn_policy="batch")
-    flat = tuple(dataclasses.replace(bn, positions=1) for bn in tiny.manifest.batchnorms)
-    engine = open_engine(tiny.folder, dataclasses.replace(tiny.manifest, batchnorms=flat), threads=1)
-    with pytest.raises(DataError, match="bn1 sees one value per channel in a batch of 1 image"):
-        engine.train_step(*batch(1), 0.1)
-    assert math.isfinite(engine.train_step(*batch(2), 0.1))
-
-
 @pytest.mark.parametrize("policy", ["frozen", "batch", "recalibrate"])
 def test_evaluation_agrees_with_pytorch_and_changes_nothing(make: Make, policy: str) -> None:
     tiny = make(bn_policy=policy, lora_b=1.0)
@@ -168,171 +105,6 @@ def test_evaluation_agrees_with_pytorch_and_changes_nothing(make: Make, policy: 
     assert distance(logits, oracle.detach().numpy()) < SMOOTH
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(oracle, torch.tensor(y)).item(), rel=1e-5)
     assert all(np.array_equal(before[k], v) for k, v in engine.state().items())
-
-
-def recalibrated_oracle(tiny: Tiny, parts: list[np.ndarray]) -> tiny_torch.Tensors:
-    """The unfolded base with statistics averaged over batches by torch's own BatchNorm2d(momentum=None)."""
-    oracle = tiny_torch.tensors(tiny.unfolded, {})
-    for count, x in enumerate(parts, start=1):
-        tiny_torch.logits(oracle, x, bn="train", momentum=1.0 / count)  # what momentum=None means in torch
-    return oracle
-
-
-def test_recalibrated_statistics_are_pytorchs_cumulative_average(make: Make) -> None:
-    tiny = make(bn_policy="recalibrate")
-    parts = [batch(n, n)[0] * 1.7 + 0.5 for n in (8, 8, 3)]
-    engine = engine_of(tiny)
-    engine.recalibrate(iter(parts))
-    oracle = recalibrated_oracle(tiny, parts)
-    found = {k: v for k, v in engine.state().items() if "running" in k}
-    assert len(found) == 2 * len(BNS)
-    assert worst(found, {k: oracle[k].numpy() for k in found})[0] < SMOOTH
-
-
-def test_recalibration_refolds_frozen_and_trained_tensors(make: Make) -> None:
-    """Seen from the unfolded network, only its statistics change: the training so far is kept."""
-    tiny = make(bn_policy="recalibrate", lora_b=1.0)
-    engine = engine_of(tiny)
-    engine.train_step(*batch(16), 0.05)
-    trained = engine.state()
-    parts = [batch(n, n)[0] * 1.7 + 0.5 for n in (8, 5)]
-    oracle = recalibrated_oracle(tiny, parts)
-    for name, bn in (("conv1.weight", "bn1"), ("conv2.lora_b", "bn2")):
-        g = tiny.unfolded[f"{bn}.weight"] / np.sqrt(tiny.unfolded[f"{bn}.running_var"] + EPS)
-        rows = np.repeat(g, trained[name].shape[0] // g.size)
-        oracle[name] = torch.tensor(trained[name] / rows.reshape(-1, *[1] * (trained[name].ndim - 1))).double()
-    for name in ("conv2.lora_a", "conv3.lora_a", "conv3.lora_b", "fc.weight", "fc.bias"):
-        oracle[name] = torch.tensor(trained[name]).double()
-    engine.recalibrate(parts)
-    x, y = batch(9, 9)
-    before = tiny_torch.logits(tiny_torch.tensors(tiny.folded, tiny.start), x, bn="folded").detach().numpy()
-    found = engine.eval_step(x, y)[1]
-    assert distance(found, tiny_torch.logits(oracle, x, bn="eval").numpy()) < SMOOTH
-    assert distance(found, before) > 0.01
-    assert np.array_equal(engine.state()["fc.weight"], trained["fc.weight"])
-
-
-def test_training_after_recalibration_differentiates_the_refolded_network(make: Make) -> None:
-    recipe = {"bn_policy": "recalibrate", "optimizer": "sgd", "clip_norm": 0.0, "activation": "Tanh"}
-    tiny = make(**recipe, lora_b=1.0)
-    engine, (x, y) = engine_of(tiny), batch(8)
-    engine.recalibrate([x * 2])
-    start = {k: v for k, v in engine.state().items() if k in tiny.start}
-    statistics = {k: v for k, v in engine.state().items() if "running" in k}
-    unfolded = tiny.unfolded | statistics
-    from artifacts import fold
-
-    oracle = tiny_torch.tensors(fold(unfolded), start)
-    loss, expected = tiny_torch.gradients(oracle, x, y, bn="folded", activation="Tanh")
-    assert engine.train_step(x, y, 1e4) == pytest.approx(loss, rel=1e-5)
-    after = engine.state()
-    assert worst({k: (start[k] - after[k]) / 1e4 for k in start}, expected)[0] < SMOOTH
-
-
-def test_recalibration_needs_images_with_variance_and_its_policy(make: Make) -> None:
-    with pytest.raises(ValueError, match="'frozen', not 'recalibrate'"):
-        engine_of(make()).recalibrate([batch(4)[0]])
-    with pytest.raises(DataError, match="no image"):
-        engine_of(make(bn_policy="recalibrate")).recalibrate([])
-
-
-@pytest.mark.parametrize("policy", ["frozen", "batch", "recalibrate"])
-@pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_a_restored_run_goes_on_as_if_it_had_never_stopped(
-    make: Make, policy: str, clip: float, tmp_path: Path
-) -> None:
-    tiny = make(bn_policy=policy, lora_b=1.0, clip_norm=clip)
-    whole = engine_of(tiny)
-    if policy == "recalibrate":
-        whole.recalibrate([batch(8)[0]])
-    expected = [whole.train_step(*batch(8, i), 0.01 / (i + 1)) for i in range(3)]
-    whole.save(tmp_path)
-    expected += [whole.train_step(*batch(6, i), 0.02) for i in range(3, 7)]
-    resumed = engine_of(tiny)
-    resumed.train_step(*batch(4, 9), 0.5)  # whatever it did before must be forgotten
-    resumed.restore(tmp_path)
-    found = [resumed.train_step(*batch(6, i), 0.02) for i in range(3, 7)]
-    x, y = batch(5)
-    logits = resumed.eval_step(x, y)[1], whole.eval_step(x, y)[1]
-    if clip:  # the library adds up the gradients' norm in an order that differs between two sessions
-        assert found == pytest.approx(expected[3:], rel=1e-5)
-        assert distance(*logits) < 1e-4
-        return
-    assert found == expected[3:]
-    assert np.array_equal(*logits)
-    assert all(np.array_equal(v, whole.state()[k]) for k, v in resumed.state().items())
-
-
-def test_optimizer_memory_is_part_of_what_is_restored(make: Make, tmp_path: Path) -> None:
-    """The control of the test above: weights alone do not continue the run."""
-    tiny = make(lora_b=1.0)
-    whole, weights_only = engine_of(tiny), engine_of(tiny)
-    for i in range(3):
-        whole.train_step(*batch(8, i), 0.01)
-    weights_only.load_state(whole.state())
-    for engine in (whole, weights_only):
-        engine.train_step(*batch(8, 5), 0.01)
-    assert distance(whole.state()["fc.weight"], weights_only.state()["fc.weight"]) > 1e-4
-
-
-@pytest.mark.parametrize("damage", ["truncated", "absent", "garbage"])
-def test_a_damaged_checkpoint_is_refused(make: Make, damage: str, tmp_path: Path) -> None:
-    engine = engine_of(make())
-    engine.save(tmp_path)
-    path = tmp_path / "checkpoint"
-    if damage == "absent":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:100] if damage == "truncated" else b"x" * 500)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        engine.restore(tmp_path)
-
-
-@pytest.mark.parametrize("policy", ["frozen", "batch", "recalibrate"])
-def test_state_goes_out_and_in_again_unchanged(make: Make, policy: str) -> None:
-    tiny = make(bn_policy=policy, lora_b=1.0)
-    trained, fresh = engine_of(tiny), engine_of(tiny)
-    if policy == "recalibrate":
-        trained.recalibrate([batch(8)[0] * 2])
-    for i in range(3):
-        trained.train_step(*batch(8, i), 0.05)
-    state = trained.state()
-    fresh.load_state(state)
-    x, y = batch(6)
-    assert all(np.array_equal(v, state[k]) for k, v in fresh.state().items())
-    assert distance(fresh.eval_step(x, y)[1], trained.eval_step(x, y)[1]) < 1e-6
-    state["fc.weight"][:] = 0  # a copy: the engine does not see this
-    assert np.any(trained.state()["fc.weight"])
-
-
-def test_a_state_with_other_batchnorm_tensors_refolds_the_base(make: Make) -> None:
-    """Gamma, beta and statistics from elsewhere; the oracle is the unfolded network with them."""
-    tiny, rng = make(bn_policy="recalibrate", lora_b=1.0), np.random.default_rng(3)
-    changed = {
-        f"{bn}.{field}": rng.uniform(0.5, 2, channels).astype(np.float32)
-        for bn, (_, channels, _) in BNS.items()
-        for field in BN_FIELDS
-    }
-    oracle = tiny_torch.tensors(tiny.unfolded | tiny.start | changed, {})
-    state = tiny.start | changed  # trained tensors as they are folded with the new ones
-    for name, bn in (("conv1.weight", "bn1"), ("conv2.lora_b", "bn2")):
-        unfolded = tiny.unfolded.get(name, tiny.start[name])
-        oracle[name] = torch.tensor(unfolded).double()
-        g = changed[f"{bn}.weight"] / np.sqrt(changed[f"{bn}.running_var"] + EPS)
-        rows = np.repeat(g, len(unfolded) // g.size)
-        state[name] = unfolded * rows.reshape(-1, *[1] * (unfolded.ndim - 1))
-    engine = engine_of(tiny)
-    engine.load_state(state)
-    x, y = batch(6)
-    assert distance(engine.eval_step(x, y)[1], tiny_torch.logits(oracle, x, bn="eval").numpy()) < SMOOTH
-    assert all(np.array_equal(v, state[k].astype(np.float32)) for k, v in engine.state().items())
-
-
-def test_load_state_names_everything_that_does_not_belong(make: Make) -> None:
-    with pytest.raises(ValueError, match="not a state of this model") as caught:
-        engine_of(make()).load_state({"bn1.running_mean": np.zeros(6), "fc.bias": np.zeros(5)})
-    for line in ("fc.weight is missing", "bn1.running_mean is unknown", "fc.bias has shape (5,), expected (3,)"):
-        assert line in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights(make: Make) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,33 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path, case: str
     with pytest.raises(KeyboardInterrupt):
         run(resumed, method=method, config=config, state=tmp_path / "state", on_progress=interrupt)
     assert equal(state_of(resumed), state_of(network()))  # as it was before
+    torch.manual_seed(99)
     seen: list[Progress] = []
     found = run(resumed, method=method, config=config, state=tmp_path / "state", on_progress=seen.append)
     assert equal(state_of(resumed), state_of(whole))
     assert without_times(found) == without_times(expected)
     assert seen[0].epoch == epoch
+
+
+def test_the_kept_epoch_survives_an_interruption(tmp_path: Path) -> None:
+    def spoiling(net: nn.Module, last: int) -> Callable[[Progress], None]:
+        def spoil(p: Progress) -> None:
+            """Empty the head before each validation but the first, which so remains the best."""
+            if p.epoch > last:
+                raise KeyboardInterrupt
+            if p.epoch > 1 and p.step == p.steps:
+                with torch.no_grad():
+                    net[9].weight.zero_()
+
+        return spoil
+
+    whole, resumed = network(), network()
+    expected = run(whole, config=LEARNING, on_progress=spoiling(whole, 6))
+    with pytest.raises(KeyboardInterrupt):
+        run(resumed, config=LEARNING, state=tmp_path / "state", on_progress=spoiling(resumed, 3))
+    found = run(resumed, config=LEARNING, state=tmp_path / "state", on_progress=spoiling(resumed, 6))
+    assert found.kept_epoch == expected.kept_epoch == 1
+    assert equal(state_of(resumed), state_of(whole))
 
 
 def without_times(report: TrainReport) -> TrainReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from artifacts import ADAPTED, ALPHA, BN_FIELDS, BNS, CONVS, EPS, Arrays, R
+from tiny_network import ADAPTED, ALPHA, BN_FIELDS, BNS, CONVS, EPS, Arrays, R
 from torch import Tensor
 from torch.nn import functional
 

@@ -5,7 +5,6 @@ An `onnx_ir` value knows its producer and its uses, so passes edit in place and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -167,11 +166,6 @@ def static_dims(value: ir.Value | None) -> tuple[int | None, ...] | None:
     if value is None or value.shape is None:
         return None
     return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
-
-
-def elements(value: ir.Value) -> int:
-    """Number of elements of an initializer."""
-    return math.prod(float_array(value).shape)
 
 
 def replace_node(node: ir.Node, new_nodes: Sequence[ir.Node], result: ir.Value) -> None:

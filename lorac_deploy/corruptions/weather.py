@@ -63,13 +63,13 @@ def plasma(size: int, decay: float, rng: np.random.Generator) -> Image:
     field = np.zeros((side, side))
     step, swing = side, 100.0
     while step >= 2:
-        _midpoints(field, step, swing, rng)
+        refine(field, step, swing, rng)
         step, swing = step // 2, swing / decay
     return np.asarray((field - field.min()) / np.ptp(field))
 
 
-def _midpoints(field: Image, step: int, swing: float, rng: np.random.Generator) -> None:
-    """One level: first the middles of the squares, then the middles of their sides, each its mean + noise."""
+def refine(field: Image, step: int, swing: float, rng: np.random.Generator) -> None:
+    """One level, in place: the middles of squares of ``step``, then those of their sides, each a mean + noise."""
     half = step // 2
     corners = field[::step, ::step]
     pairs = corners + np.roll(corners, -1, axis=0)
