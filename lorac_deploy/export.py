@@ -11,9 +11,11 @@ import onnx_ir as ir
 
 from lorac_deploy.checkpoint import load_checkpoint
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, check_replaceable, write_artifact
+from lorac_exporters.canonical import canonicalize
 from lorac_exporters.graph_tools import static_dims
-from lorac_exporters.heads import find_head, replace_head
+from lorac_exporters.heads import find_head
 from lorac_exporters.onnx_file import read_graph
+from lorac_exporters.shapes import fix_image_size
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import InputSpec
@@ -62,47 +64,57 @@ def export_training_artifact(
     """
     check_replaceable(out)
     config = config or ArtifactConfig()
-    model, name, spec, names = (
-        _from_onnx(source, config.lora.seed) if isinstance(source, OnnxSource) else _from_checkpoint(source)
-    )
-    spec = dataclasses.replace(spec, in_graph=input_uint8)
+    given = _from_onnx(source) if isinstance(source, OnnxSource) else _from_checkpoint(source)
     return write_artifact(
-        model,
+        given.model,
         out,
-        name=name,
-        spec=spec,
-        class_names=names,
+        name=given.name,
+        spec=dataclasses.replace(given.spec, in_graph=input_uint8),
+        class_names=given.class_names,
+        new_head=given.new_head,
         config=config,
         adapter=adapter,
         on_progress=on_progress,
     )
 
 
-def _from_checkpoint(folder: Path) -> tuple[ir.Model, str, InputSpec, tuple[str, ...]]:
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A network and what its source says of it."""
+
+    model: ir.Model
+    name: str
+    spec: InputSpec
+    class_names: tuple[str, ...]
+    new_head: bool = False
+
+
+def _from_checkpoint(folder: Path) -> _Given:
     checkpoint = load_checkpoint(folder)
     graph = export_graph(checkpoint.module, checkpoint.input.shape)
-    return graph, checkpoint.spec.name, checkpoint.input, checkpoint.class_names
+    return _Given(graph, checkpoint.spec.name, checkpoint.input, checkpoint.class_names)
 
 
-def _from_onnx(source: OnnxSource, seed: int) -> tuple[ir.Model, str, InputSpec, tuple[str, ...]]:
+def _from_onnx(source: OnnxSource) -> _Given:
     model = read_graph(source.path)
-    spec = InputSpec(
-        name=str(model.graph.inputs[0].name),
-        shape=_input_shape(model, source),
-        scale=source.scale,
-        mean=source.mean,
-        std=source.std,
-    )
-    if len(spec.mean) != spec.shape[0] or len(spec.std) != spec.shape[0]:
-        raise ConversionError(
-            f"{source.path} takes {spec.shape[0]} channels, but mean has {len(spec.mean)} values and std "
-            f"{len(spec.std)}; give one value per channel"
-        )
-    width = find_head(model).classes
+    if source.size is not None:
+        fix_image_size(model, source.size)
+    spec = _input_spec(model, source)
+    width = find_head(canonicalize(model, fold=False).model).classes
     classes = width if source.num_classes is None else source.num_classes
-    if classes != width:
-        replace_head(model, classes, seed=seed)
-    return model, source.path.stem, spec, _class_names(source, classes)
+    if classes < 2:
+        raise ConversionError(f"a classifier needs at least 2 classes, got --num-classes {classes}")
+    return _Given(model, source.path.stem, spec, _class_names(source, classes), new_head=classes != width)
+
+
+def _input_spec(model: ir.Model, source: OnnxSource) -> InputSpec:
+    shape = _input_shape(model, source)
+    if len(source.mean) != shape[0] or len(source.std) != shape[0]:
+        raise ConversionError(
+            f"{source.path} takes {shape[0]} channels, but mean has {len(source.mean)} values and std "
+            f"{len(source.std)}; give one value per channel"
+        )
+    return InputSpec(str(model.graph.inputs[0].name), shape, source.scale, source.mean, source.std)
 
 
 def _class_names(source: OnnxSource, classes: int) -> tuple[str, ...]:
@@ -116,9 +128,6 @@ def _input_shape(model: ir.Model, source: OnnxSource) -> tuple[int, int, int]:
     dims = static_dims(model.graph.inputs[0])
     if dims is None or len(dims) != 4 or dims[1] is None:
         raise ConversionError(f"{source.path}: input must be (batch, channels, height, width), the file says {dims}")
-    height, width = source.size or (dims[2], dims[3])
-    if height is None or width is None:
+    if dims[2] is None or dims[3] is None:
         raise ConversionError(f"{source.path} leaves height and width open; say them with --size HEIGHT,WIDTH")
-    if source.size and any(d not in (None, s) for d, s in zip(dims[2:], source.size, strict=True)):
-        raise ConversionError(f"{source.path} takes {dims[2]} x {dims[3]} images, --size says {height} x {width}")
-    return dims[1], height, width
+    return dims[1], dims[2], dims[3]

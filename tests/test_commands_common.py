@@ -29,6 +29,12 @@ def raising(error: BaseException) -> object:
         (CheckpointError("x"), 1, "error: x\n"),
         (PermissionError(13, "Permission denied", "/f"), 1, "error: [Errno 13] Permission denied: '/f'\n"),
         (MemoryError("9 GiB"), 1, "error: out of memory; try a smaller --batch-size or less data (9 GiB)\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            1,
+            "error: out of memory; try a smaller --batch-size or less data "
+            "(DefaultCPUAllocator: can't allocate memory: 8 bytes)\n",
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )
@@ -40,7 +46,7 @@ def test_what_goes_wrong_for_users_is_one_message_on_stderr(
     assert (shown.out, shown.err) == ("", text)
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), TypeError("bug"), AssertionError("bug")])
+@pytest.mark.parametrize("error", [ValueError("bug"), RuntimeError("bug"), AssertionError("bug")])
 def test_a_bug_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error), match="bug"):
         raising(error)([])

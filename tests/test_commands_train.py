@@ -187,7 +187,9 @@ def test_an_interrupted_command_goes_on_when_given_again(
     assert main([*argv, str(tmp_path / "whole")]) == 0
     assert interrupted(monkeypatch, [*argv, str(tmp_path / "out")]) == 130
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"training_state.safetensors"}
-    assert "interrupted" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the same command (without --restart) goes on after the last whole epoch" in error
+    assert error.endswith("error: interrupted\n")
     assert main([*argv, str(tmp_path / "out")]) == 0
     assert "epoch 1/3" not in capsys.readouterr().err
     whole, resumed = (load_checkpoint(tmp_path / name) for name in ("whole", "out"))

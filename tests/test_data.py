@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ def test_digits_are_split_for_good_and_without_overlap() -> None:
     # The very images of the test part: a base trained by an older version must not have seen them.
     assert hashlib.sha256(test.images.tobytes()).hexdigest().startswith("6586305a")
     assert not {image.tobytes() for image in test.images} & {image.tobytes() for image in train.images}
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'lorac-deploy\[demo\]'"):
+        load_dataset("digits")
 
 
 def test_digits_keep_scikit_learns_pixels_at_their_own_size() -> None:

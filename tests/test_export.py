@@ -98,7 +98,7 @@ def test_the_head_is_kept_or_replaced_by_its_width(own_file: Path, tmp_path: Pat
     ("more", "message"),
     [
         ({"class_names": ("cat",)}, "1 class names were given for 10 classes"),
-        ({"size": (16, 16)}, "takes 32 x 32 images"),
+        ({"size": (16, 16)}, "which is not of size"),
     ],
 )
 def test_contradictions_with_the_file_are_refused(
@@ -107,6 +107,42 @@ def test_contradictions_with_the_file_are_refused(
     with pytest.raises(ConversionError, match=message):
         export_training_artifact(source(own_file, **more), tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
+
+
+def test_an_open_image_size_is_asked_for_and_then_used(own_file: Path, tmp_path: Path) -> None:
+    model = onnx.load(own_file)
+    for dim, name in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], "hw", strict=True):
+        dim.dim_param = name
+    del model.graph.value_info[:]
+    onnx.save(model, own_file)
+    with pytest.raises(ConversionError, match="--size"):
+        export_training_artifact(source(own_file), tmp_path / "artifact")
+    report = export_training_artifact(source(own_file, size=(32, 32)), tmp_path / "artifact", config=CONFIG)
+    assert report.manifest.input.shape == (3, 32, 32)
+
+
+def test_a_matmul_and_add_head_is_found_and_replaced(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 13]>
+    net (float[1, 3, 8, 8] x) => (float[1, 4] y) {
+      h = Conv <kernel_shape = [3, 3]> (x, w)
+      r = Relu (h)
+      p = GlobalAveragePool (r)
+      f = Flatten (p)
+      m = MatMul (f, v)
+      y = Add (m, b)
+    }"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name, shape in (("w", (16, 3, 3, 3)), ("v", (16, 4)), ("b", (4,))):
+        values = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, tmp_path / "old.onnx")
+    kept = export_training_artifact(source(tmp_path / "old.onnx"), tmp_path / "kept")
+    new = export_training_artifact(source(tmp_path / "old.onnx", num_classes=6), tmp_path / "new")
+    assert (kept.manifest.output.classes, new.manifest.output.classes) == (4, 6)
+    images = rng.standard_normal((1, 3, 8, 8)).astype(np.float32)
+    original = run_onnx(tmp_path / "old.onnx", images)
+    np.testing.assert_allclose(run_onnx(tmp_path / "kept" / mf.BASE, images), original, atol=1e-5)
 
 
 def test_mean_and_std_need_a_value_per_channel(own_file: Path, tmp_path: Path) -> None:

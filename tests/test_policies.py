@@ -17,11 +17,13 @@ from lorac_deploy.lora import adapter_tensors, fuse, select_trainable
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
-from lorac_exporters.verify import run_onnx
+from lorac_exporters.verify import run_onnx, verify
 from lorac_runtime import manifest as mf
+from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines import Engine, open_engine
 from lorac_runtime.manifest import BnPolicy, InputSpec, TrainingDefaults
 from lorac_runtime.patch import fuse as fuse_file
+from lorac_runtime.session import finetune
 
 SPEC = InputSpec("input", (3, 12, 12), 1 / 255, (0.5,) * 3, (0.25,) * 3)
 LR, STEPS = 0.05, 4
@@ -169,3 +171,22 @@ def test_recalibrated_statistics_and_the_steps_after_them_are_pytorchs(tmp_path:
     engine.load_state({name: value.numpy() for name, value in adapter_tensors(folded).items()})
     train_both(folded, engine)
     check_outcome(folded, engine, tmp_path / "artifact", tmp_path)
+
+
+@pytest.mark.parametrize("policy", mf.BN_POLICIES)
+def test_an_exported_artifact_trains_and_fuses_into_a_drop_in_under_every_policy(
+    tmp_path: Path, policy: BnPolicy
+) -> None:
+    engine_for(tmp_path / "artifact", network(), policy=policy, method="lora-c", adapter=None)
+    rng = np.random.default_rng(5)
+    labels = np.arange(40) % 4
+    images = rng.integers(0, 120, (40, 12, 12, 3)).astype(np.uint8) + (30 * labels[:, None, None, None]).astype(
+        np.uint8
+    )
+    np.savez(tmp_path / "local.npz", images=images, labels=labels)
+    config = FinetuneConfig(epochs=8, batch_size=8, lr=0.2)
+    report = finetune(tmp_path / "artifact", tmp_path / "local.npz", tmp_path / "adapted", config)
+    assert report.epoch_losses[-1] < report.epoch_losses[0]
+    verdict = verify(tmp_path / "artifact" / mf.BASE, tmp_path / "adapted" / "fused.onnx")
+    assert verdict.ok
+    assert {check.verdict for check in verdict.checks} == {"pass"}

@@ -81,13 +81,15 @@ def write_artifact(
     spec: mf.InputSpec,
     class_names: tuple[str, ...],
     config: ArtifactConfig,
+    new_head: bool = False,
     adapter: Path | None = None,
     on_progress: Progress = log.info,
 ) -> ExportReport:
     """Write the artifact of an inference graph into the folder ``out``.
 
-    ``model`` is a raw graph (`torch_graph.export_graph` or `onnx_file.read_graph`), its head already of
-    ``len(class_names)`` outputs. ``adapter`` starts the device from an adapter trained elsewhere.
+    ``model`` is a raw graph (`torch_graph.export_graph` or `onnx_file.read_graph`). ``new_head`` gives it a fresh
+    classifier for ``class_names``; otherwise its own must have as many outputs. ``adapter`` starts the device from an
+    adapter trained elsewhere.
 
     Raises ConversionError for a model that cannot be trained (every obstacle named), AdapterError for an
     adapter of another model, OutputError if the folder cannot be written or holds something else.
@@ -95,7 +97,15 @@ def write_artifact(
     started = time.perf_counter()
     check_replaceable(out)
     on_progress("cleaning the graph and planning what trains")
-    graphs = build_graphs(model, spec=spec, config_method=config.method, lora=config.lora, policy=config.bn_policy)
+    graphs = build_graphs(
+        model,
+        spec=spec,
+        classes=len(class_names),
+        new_head=new_head,
+        method=config.method,
+        lora=config.lora,
+        policy=config.bn_policy,
+    )
     with _beside(out) as folder:
         manifest = _fill(folder, graphs, name, class_names, config, adapter, on_progress)
         (folder / mf.FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -116,7 +126,7 @@ def _fill(
     _save(graphs.base, folder / mf.BASE)
     manifest = _manifest(folder, graphs, name, class_names, config)
     tensors = _write_batchnorm(folder, graphs)
-    start = starting_values(graphs.plan, graphs.training_values, seed=config.lora.seed)
+    start = starting_values(graphs.plan, graphs.training_values, seed=config.lora.seed) | graphs.statistics()
     if adapter is not None:
         start |= _from_adapter(manifest, adapter, tensors)
     save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest))

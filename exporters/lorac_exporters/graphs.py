@@ -9,7 +9,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_exporters import preflight, training_ort
-from lorac_exporters.canonical import Canonical, canonicalize
+from lorac_exporters.canonical import Canonical, canonicalize, with_new_head
+from lorac_exporters.heads import find_head
 from lorac_exporters.inject import describe, inject
 from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
 from lorac_exporters.preprocessing import add_preprocessing
@@ -41,6 +42,11 @@ class Graphs:
         """Parameters of `trained`, by name."""
         return self.trained.values
 
+    def statistics(self) -> dict[str, Floats]:
+        """Running statistics, which adapters of the policies ``batch`` and ``recalibrate`` carry."""
+        sites = () if self.policy == "frozen" else self.base.batchnorms
+        return {n: self.original.values[n] for bn in sites for n in (bn.running_mean, bn.running_var)}
+
     def frozen_names(self) -> list[str]:
         """Parameters of `trained` that do not train, in graph order."""
         trainable = {t.name for t in self.plan.trainables}
@@ -58,7 +64,8 @@ class Graphs:
         model = self.trained.model.clone()
         rewrite_for_training(model)
         inject(model, self.plan, start)
-        for name in start.keys() - {t.name for t in self.plan.trainables}:
+        fixed = start.keys() & model.graph.initializers.keys() - {t.name for t in self.plan.trainables}
+        for name in sorted(fixed):
             model.graph.initializers[name].const_value = ir.tensor(start[name], name=name)
         return model
 
@@ -79,25 +86,46 @@ class Graphs:
         return folded_into if affine and self.policy != "batch" else ()
 
 
-def build_graphs(model: ir.Model, *, spec: InputSpec, config_method: str, lora: LoraConfig, policy: BnPolicy) -> Graphs:
+def build_graphs(
+    model: ir.Model,
+    *,
+    spec: InputSpec,
+    classes: int,
+    new_head: bool,
+    method: str,
+    lora: LoraConfig,
+    policy: BnPolicy,
+) -> Graphs:
     """Canonical graphs and the plan, checked for the engine before any file is written.
 
-    Raises ConversionError naming every operator on a gradient path that the engine cannot differentiate.
+    Raises ConversionError naming every operator on a gradient path that the engine cannot differentiate, or if the
+    classifier has another width than ``classes`` and no new one is wanted.
     """
     base, original = canonicalize(model), canonicalize(model, fold=False)
+    if new_head:
+        base, original = (with_new_head(form, classes, seed=lora.seed) for form in (base, original))
     _check_policy(policy, base)
+    _check_width(find_head(base.model).classes, classes)
     if spec.in_graph:
         add_preprocessing(base.model, spec)
         add_preprocessing(original.model, spec)
     network = _network(base, original, policy)
-    plan = METHODS[config_method](network, lora)
-    graphs = Graphs(base, original, plan, policy, spec, network)
+    graphs = Graphs(base, original, METHODS[method](network, lora), policy, spec, network)
+    _check_gradients(graphs)
+    return graphs
+
+
+def _check_gradients(graphs: Graphs) -> None:
     trained = graphs.trained.model.clone()
     rewrite_for_training(trained)
-    changing = [t.name for t in plan.trainables if t.role not in ("lora_a", "lora_b", "alpha")]
-    changing += [a.weight for a in plan.adapters]
+    changing = [t.name for t in graphs.plan.trainables if t.role not in ("lora_a", "lora_b", "alpha")]
+    changing += [a.weight for a in graphs.plan.adapters]
     preflight.require_trainable(trained, changing, engine=training_ort.ENGINE)
-    return graphs
+
+
+def _check_width(width: int, classes: int) -> None:
+    if width != classes:
+        raise ConversionError(f"the classifier has {width} outputs, but {classes} class names were given")
 
 
 def _network(base: Canonical, original: Canonical, policy: BnPolicy) -> Network:

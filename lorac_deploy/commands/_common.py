@@ -44,7 +44,9 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Main:
             return FAILED
         except (LoracDeployError, OSError) as err:
             return _report(str(err), FAILED)
-        except MemoryError as err:
+        except (MemoryError, RuntimeError) as err:
+            if isinstance(err, RuntimeError) and "can't allocate memory" not in str(err):  # PyTorch's words
+                raise
             return _report(f"out of memory; try a smaller --batch-size or less data ({err})", FAILED)
 
     return run

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,7 +187,7 @@ def _run(
     if start.fresh:
         console.print(f"these tensors start fresh: {', '.join(start.fresh)}")
     state = output_folder(args.out) / STATE
-    with _Display(console) as display:
+    with _hint(console, state), _Display(console) as display:
         report = train(
             start.module,
             dataset,
@@ -200,8 +201,19 @@ def _run(
             on_progress=display.show,
         )
     saved = save_training(args.out, start, report)
-    state.unlink()
+    state.unlink(missing_ok=True)
     return report, saved
+
+
+@contextmanager
+def _hint(console: Console, state: Path) -> Iterator[None]:
+    """Say after Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state.exists():
+            console.print("the same command (without --restart) goes on after the last whole epoch")
+        raise
 
 
 class _Display:
