@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lorac_deploy.checkpoint import load_checkpoint, save_checkpoint
     from lorac_deploy.export import OnnxSource, export_training_artifact
     from lorac_deploy.lora import attach, detach, fuse
-    from lorac_deploy.train import train
+    from lorac_deploy.trainer import train
     from lorac_exporters.artifact import ArtifactConfig
     from lorac_exporters.plan import LoraConfig
     from lorac_exporters.verify import verify
@@ -42,7 +42,7 @@ _HOMES = {
     "lorac_deploy.checkpoint": ("load_checkpoint", "save_checkpoint"),
     "lorac_deploy.export": ("OnnxSource", "export_training_artifact"),
     "lorac_deploy.lora": ("attach", "detach", "fuse"),
-    "lorac_deploy.train": ("train",),
+    "lorac_deploy.trainer": ("train",),
     "lorac_exporters.artifact": ("ArtifactConfig",),
     "lorac_exporters.plan": ("LoraConfig",),
     "lorac_exporters.verify": ("verify",),

@@ -18,7 +18,7 @@ BASE = "base"
 
 
 def save_training(out: Path, start: Start, report: TrainReport) -> Path:
-    """Save what `lorac_deploy.train.train` made of ``start``; returns the adapter file or the checkpoint folder.
+    """Save what `lorac_deploy.trainer.train` made of ``start``; returns the adapter file or the checkpoint folder.
 
     ``lora-c`` leaves adapter.safetensors, and, where no checkpoint holds the network that it started from, that
     network in ``base/``; other methods leave a checkpoint. report.json and plot.png come with both.

@@ -10,7 +10,7 @@ from benchmarks import cifar10
 from lorac_deploy.corruptions import corrupt
 from lorac_deploy.data import Dataset
 from lorac_deploy.models import ModelSpec, build, load_weights
-from lorac_deploy.train import evaluate
+from lorac_deploy.trainer import evaluate
 
 # Accuracy (%) of the pretrained ResNet-20 on the first 1,000 official CIFAR-10 test images, severities 1 to 5,
 # measured independently. JPEG and contrast have no randomness; one draw of noise moves accuracy by a point or two.

@@ -17,7 +17,7 @@ from lorac_deploy.batches import ordered_batches
 from lorac_deploy.checkpoint import load_checkpoint
 from lorac_deploy.models import ModelSpec, build
 from lorac_deploy.start import Start, from_model
-from lorac_deploy.train import TrainConfig, TrainReport, train
+from lorac_deploy.trainer import TrainConfig, TrainReport, train
 from lorac_deploy.training_outputs import save_training
 
 DATA = dataset(30)

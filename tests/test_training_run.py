@@ -14,7 +14,7 @@ from training_cases import DATA, LEARNING, QUICK, equal, network, run, spec, sta
 from lorac_deploy.batches import ordered_batches, training_batches
 from lorac_deploy.batchnorm import recalibrate
 from lorac_deploy.data import Dataset, split_validation
-from lorac_deploy.train import TrainConfig, evaluate, train
+from lorac_deploy.trainer import TrainConfig, evaluate, train
 from lorac_deploy.training_report import Progress
 from lorac_runtime.errors import DivergenceError
 from lorac_runtime.schedule import one_cycle

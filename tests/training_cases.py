@@ -10,7 +10,7 @@ from torch import nn
 
 from lorac_deploy.data import Dataset, input_spec
 from lorac_deploy.lora import LoraConfig
-from lorac_deploy.train import TrainConfig, TrainReport, train
+from lorac_deploy.trainer import TrainConfig, TrainReport, train
 from lorac_runtime.manifest import InputSpec
 
 NAMES = ("red", "green", "blue")

@@ -178,7 +178,7 @@ def _run(
     args: argparse.Namespace, console: Console, prepared: Prepared, *, config: TrainConfig, lora: LoraConfig
 ) -> tuple[TrainReport, Path]:
     """Train with a progress bar, and save."""
-    from lorac_deploy.train import train
+    from lorac_deploy.trainer import train
     from lorac_deploy.training_outputs import save_training
     from lorac_deploy.training_state import STATE
     from lorac_runtime.files import output_folder

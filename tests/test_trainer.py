@@ -20,7 +20,7 @@ from training_cases import DATA, LEARNING, QUICK, dataset, equal, network, run, 
 from lorac_deploy.batches import ordered_batches
 from lorac_deploy.data import Dataset, split_validation
 from lorac_deploy.lora import adapter_tensors, detach, fuse
-from lorac_deploy.train import DEFAULTS, TrainReport, evaluate, train
+from lorac_deploy.trainer import DEFAULTS, TrainReport, evaluate, train
 from lorac_deploy.training_report import Progress
 from lorac_runtime.errors import CheckpointError, ConversionError, DataError, DivergenceError
 
