@@ -225,7 +225,7 @@ def test_statistics_are_refused_where_bn_is_frozen(tmp_path: Path) -> None:
     [
         ({"method": "magic"}, "cannot be attached to this network: method 'magic'"),
         ({"r": "two"}, "metadata cannot be used"),
-        ({"rank_mode": "kr"}, "rank mode 'kr'"),
+        ({"rank_mode": "kr"}, "rank_mode 'kr'"),
     ],
 )
 def test_metadata_that_no_network_can_follow_is_refused(tmp_path: Path, change: dict[str, str], text: str) -> None:

@@ -59,9 +59,13 @@ def test_the_script_runs_from_a_checkout_that_is_not_installed(
     assert (tmp_path / "out" / "fused.onnx").exists()
 
 
+# A shell that starts jobs in the background has them ignore Ctrl-C, and the tests may be such a job.
+LISTEN_TO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 def test_ctrl_c_says_how_to_go_on(tiny: Tiny, data: Path, tmp_path: Path, root: Path) -> None:
     arguments = (tiny.folder, "--data", data, "--out", tmp_path / "out", "--epochs", 2000, "--threads", 1)
-    with process(root, *arguments) as started:
+    with process(root, *arguments, before=LISTEN_TO_CTRL_C) as started:
         assert started.stderr is not None
         while "epoch    2/2000" not in started.stderr.readline():
             assert started.poll() is None

@@ -21,7 +21,6 @@ from lorac_runtime.errors import LoracDeployError, OutputError
 
 FINETUNE = Path("runtime") / "ort_finetune.py"
 WRITTEN = {"data", "base", "artifact", "adapted", "plot.png", "summary.json"}
-BASE_EPOCHS = 6
 
 
 def prepare(out: Path, device_python: Path) -> None:
@@ -78,7 +77,7 @@ def _steps(out: Path, device_python: Path) -> list[tuple[str, list[str]]]:
     """(what it is, the command) of the three steps that learn."""
     base, artifact = str(out / "base"), str(out / "artifact")
     train = ["lorac-deploy", "train", "--data", str(out / "data" / "base.npz"), "--model", "resnet18", "--cifar-stem"]
-    train += ["--method", "full", "--epochs", str(BASE_EPOCHS), "--out", base]
+    train += ["--method", "full", "--out", base]
     export = ["export-training-artifact", "--checkpoint", base, "--rank", "4", "--out", artifact]
     finetune = [str(device_python), str(FINETUNE), artifact, "--data", str(out / "data" / "local.npz")]
     return [

@@ -60,13 +60,14 @@ def table(results: Results) -> Table:
     """The closing table."""
     r = results
     found = Table("", "base", "adapted", title=f"accuracy on {r.images['test']} digits that neither training saw")
-    found.add_row(f"drifted ({r.drift})", f"{r.base_drifted:.1%}", f"[bold green]{r.adapted_drifted:.1%}[/]")
+    found.caption = f"drift: {r.drift}"
+    found.add_row("drifted", f"{r.base_drifted:.1%}", f"[bold green]{r.adapted_drifted:.1%}[/]")
     found.add_row("clean", f"{r.base_clean:.1%}", f"{r.adapted_clean:.1%}")
     found.add_section()
     found.add_row("parameters", f"{r.model_parameters:,}", f"{r.trained_parameters:,} trained ({r.trained_share:.2%})")
     found.add_row("device: step", "", f"{1000 * r.step_seconds:.0f} ms, batch of 32 ({r.engine})")
-    found.add_row("device: peak memory", "", f"{r.peak_memory_bytes / 1e6:.0f} MB")
-    found.add_row("device: environment", "", f"{r.device_environment_bytes / 1e6:.0f} MB installed, no PyTorch")
+    found.add_row("device: peak memory", "", f"{r.peak_memory_bytes / 2**20:.0f} MiB")
+    found.add_row("device: environment", "", f"{r.device_environment_bytes / 2**20:.0f} MiB installed, no PyTorch")
     found.add_row("drop-in for the base", "", "yes" if r.drop_in else "[bold red]no[/]")
     return found
 

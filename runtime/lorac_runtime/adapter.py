@@ -75,6 +75,9 @@ def load_adapter(path: Path) -> AdapterFile:
     except (TypeError, AttributeError, KeyError) as err:
         # numpy has no bfloat16 or float8; the library then fails while it looks the type up.
         raise AdapterError(f"{path} holds a type that numpy does not have ({err}); save it as float32") from err
+    foreign = sorted(name for name, value in tensors.items() if value.dtype.kind not in "biuf")
+    if foreign:  # another package taught numpy bfloat16
+        raise AdapterError(f"{path} holds a type that numpy does not have ({foreign[0]}); save it as float32")
     return AdapterFile(tensors, metadata)
 
 
