@@ -25,7 +25,7 @@ from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs
 from lorac_runtime.manifest import TrainingDefaults
 
-LR = 0.1
+LR = 10.0  # large: an update read back as a difference of float32 weights must not drown in their rounding
 Arrays = dict[str, np.ndarray]
 
 
@@ -125,9 +125,7 @@ def test_on_a_smooth_network_every_gradient_and_update_is_pytorchs(tmp_path: Pat
     assert len(gradients) == 61  # 19 pairs of factors, stem and head weight, 20 biases and the head's
     for name in gradients:
         assert distance(ort_gradients[name], gradients[name]) <= 1e-5, name
-        # an update is a small difference of float32 weights: rounding of the weight itself comes on top
-        rounding = 1e-7 * np.linalg.norm(net.get_parameter(name).detach().numpy()) / np.linalg.norm(updates[name])
-        assert distance(ort_updates[name], updates[name]) <= 1e-5 + rounding, name
+        assert distance(ort_updates[name], updates[name]) <= 1e-5, name
 
 
 @pytest.mark.slow
