@@ -93,7 +93,9 @@ def test_a_python_without_torch_passes(tmp_path: Path, root: Path) -> None:
     (site / "runtime.pth").write_text(str(root / "runtime"))
     for name in ("numpy", "numpy.libs", "safetensors"):
         (site / name).symlink_to(Path(np.__file__).parents[1] / name)
-    device.require_no_torch(tmp_path / "bin" / "python")
+    python = tmp_path / "bin" / "python"
+    device.require_no_torch(python)
+    assert device.run(python, ["-c", "import lorac_runtime"]).returncode == 0
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:

@@ -142,7 +142,10 @@ def test_a_run_from_other_weights_is_another_run(tmp_path: Path) -> None:
 
 def test_the_number_of_threads_may_change_between_sessions(tmp_path: Path) -> None:
     run(network(), state=tmp_path / "state")
-    run(network(), config=dataclasses.replace(QUICK, threads=1), state=tmp_path / "state")
+    seen: list[Progress] = []
+    config = dataclasses.replace(QUICK, threads=1)
+    run(network(), config=config, state=tmp_path / "state", on_progress=seen.append)
+    assert seen == []  # the same run, finished
 
 
 KILLED = """
