@@ -40,11 +40,6 @@ class RunFacts:
     kept_epoch: int
     accuracy_before: float | None
 
-    @property
-    def epochs_done(self) -> int:
-        """Number of finished epochs."""
-        return len(self.history)
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainingState:

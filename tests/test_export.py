@@ -160,6 +160,18 @@ def test_verify_finds_a_fused_file_that_answers_otherwise_than_its_adapter(own_f
     assert [c.name for c in report.checks if c.verdict == "fail"] == ["fused against the unfused training graph"]
 
 
+def test_verify_refuses_a_base_that_is_not_the_manifests(own_file: Path, tmp_path: Path) -> None:
+    export_training_artifact(source(own_file), tmp_path / "artifact", config=CONFIG)
+    fused = adapt(tmp_path / "artifact", tmp_path / "adapted")
+    base = tmp_path / "artifact" / mf.BASE
+    content = bytearray(base.read_bytes())
+    content[initializer_offsets(base)["linear.weight"][0]] ^= 1  # a tensor of the patch table
+    base.write_bytes(content)
+    for given in (base, own_file):
+        with pytest.raises(ArtifactError, match=r"base\.onnx was altered"):
+            verify(given, fused, artifact=tmp_path / "artifact")
+
+
 def test_verify_refuses_another_network_and_missing_files(own_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.onnx"
     model = onnx.load(own_file)

@@ -22,7 +22,6 @@ import safetensors.numpy
 
 from lorac_exporters import training_ort
 from lorac_exporters.bn_tensors import batchnorm_tensors
-from lorac_exporters.canonical import Canonical
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
 from lorac_exporters.patch_table import patch_table
@@ -123,10 +122,10 @@ def _fill(
     on_progress: Progress,
 ) -> mf.Manifest:
     on_progress("writing base.onnx")
-    _save(graphs.base, folder / mf.BASE)
+    ir.save(graphs.base.model, folder / mf.BASE)
     manifest = _manifest(folder, graphs, name, class_names, config)
     tensors = _write_batchnorm(folder, graphs)
-    start = starting_values(graphs.plan, graphs.training_values, seed=config.lora.seed) | graphs.statistics()
+    start = starting_values(graphs.plan, graphs.trained.values, seed=config.lora.seed) | graphs.statistics()
     if adapter is not None:
         start |= _from_adapter(manifest, adapter, tensors)
     save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest))
@@ -217,10 +216,6 @@ def adapter_metadata(manifest: mf.Manifest) -> dict[str, str]:
         "base_sha256": manifest.files[mf.BASE].sha256,
         "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
     }
-
-
-def _save(canonical: Canonical, path: Path) -> None:
-    ir.save(canonical.model, path)
 
 
 def check_replaceable(out: Path) -> None:

@@ -18,8 +18,8 @@ def batchnorm_tensors(
     """The tensors of every BN by their own names, and what folding loses: conv biases, rows with tiny factors.
 
     ``unfolded`` holds the parameters before folding. For a BN folded into a convolution: ``<bn>.conv_bias``
-    (c_out,), and where |gamma / sigma| is below 1e-4 of the layer's largest, ``<bn>.conv_rows`` (n, c_in, k, k)
-    with ``<bn>.conv_row_index`` (n,) int64.
+    (c_out,), and where |gamma / sigma| is below 1e-4 of the layer's largest (or of 1), ``<bn>.conv_rows``
+    (n, c_in, k, k) with ``<bn>.conv_row_index`` (n,) int64.
     """
     tensors: dict[str, Array] = {}
     for bn in batchnorms:

@@ -37,11 +37,6 @@ class Graphs:
         """The graph that adapters are added to: folded, unless batch statistics are used."""
         return self.original if self.policy == "batch" else self.base
 
-    @property
-    def training_values(self) -> dict[str, Floats]:
-        """Parameters of `trained`, by name."""
-        return self.trained.values
-
     def statistics(self) -> dict[str, Floats]:
         """Running statistics, which adapters of the policies ``batch`` and ``recalibrate`` carry."""
         sites = () if self.policy == "frozen" else self.base.batchnorms
@@ -76,14 +71,12 @@ class Graphs:
             *([self.network.head_bias[0]] if self.network.head_bias else []),
         ]
         names += [t.name for t in self.network.others]
-        names += [n for bn in self.base.batchnorms for n in self._bn_names(bn.affine, bn.folded_into)]
-        if self.policy == "batch":
-            for bn in self.base.batchnorms:
+        for bn in self.base.batchnorms:
+            if self.policy == "batch":
                 names += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+            elif bn.affine:
+                names += bn.folded_into
         return [n for n in dict.fromkeys(names) if n in self.trained.values]
-
-    def _bn_names(self, affine: bool, folded_into: tuple[str, str]) -> tuple[str, ...]:
-        return folded_into if affine and self.policy != "batch" else ()
 
 
 def build_graphs(

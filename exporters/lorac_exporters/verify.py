@@ -36,6 +36,8 @@ def verify(
     """
     folder = artifact or (base.parent if (base.parent / mf.FILE_NAME).is_file() else None)
     manifest = None if folder is None else mf.load(folder)
+    if manifest is not None and folder is not None:
+        mf.verify_files(folder, manifest, (mf.BASE,))  # a damaged base must not pass for somebody's own file
     if manifest is not None and folder is not None and not _is_base(base, manifest):
         report = _verify_own_file(base, fused, folder, manifest)
     else:

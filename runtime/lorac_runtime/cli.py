@@ -23,7 +23,7 @@ DESCRIPTION = (
     "after its last whole epoch when the same command is given again; a finished one is not repeated. With other "
     "images, another artifact or other settings the folder is refused, unless --restart begins anew."
 )
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, INTERRUPTED = 1, 130  # 2 is argparse's own, for a wrong command line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = FinetuneConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FinetuneConfig)})
     except ValueError as err:
-        p.error(str(err))  # exits with USAGE
+        p.error(str(err))
     display = Display(sys.stderr, quiet=args.quiet)
     try:
         with _logged_to(display):
