@@ -54,7 +54,7 @@ def coordinates(module: nn.Module) -> Coordinates:
 
 
 def save_module_adapter(path: Path, module: nn.Module, *, model: str) -> None:
-    """Write everything that the method trains in ``module`` as an adapter file for the network named ``model``.
+    """Write all that the method trains in ``module``, or adapters need, as an adapter file for the network ``model``.
 
     Under the BN policies ``batch`` and ``recalibrate`` BN statistics, scale and shift go with it.
 
@@ -124,6 +124,8 @@ def _metadata(module: nn.Module, report: AttachReport, model: str) -> dict[str, 
         "r": str(config.rank),
         "rank_mode": report.rank_mode,
         "alpha": repr(config.effective_alpha),
+        "freeze_a": "true" if report.fixed else "false",
+        "blocks": ",".join(config.blocks),
         "bn_policy": report.bn_policy,
         "coordinates": _own_coordinates(module, report),
         "base_sha256": "",
@@ -198,11 +200,13 @@ def _config(module: nn.Module, file: AdapterFile) -> LoraConfig:
         return LoraConfig(
             rank=int(m.get("r") or 1),
             alpha=float(m.get("alpha") or 1),
-            rank_mode=cast(RankMode, m.get("rank_mode", "auto")),
+            rank_mode=cast(RankMode, m.get("rank_mode") or "auto"),
             layout=cast(Layout, m.get("layout") or "spatial"),
             learnable_alpha=any(n.endswith(".lora_alpha") for n in file.tensors),
             biases="all" if biases else ("head" if head_bias in file.tensors else "none"),
             small_layers="full" if weights else "frozen",
+            freeze_a=m.get("freeze_a") == "true",
+            blocks=tuple(m["blocks"].split(",")) if m.get("blocks") else (),
         )
     except ValueError as err:
         raise AdapterError(f"this adapter file's metadata cannot be used: {err}") from err

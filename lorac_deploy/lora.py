@@ -96,7 +96,8 @@ def select_trainable(
     >>> select_trainable(net, "head", LoraConfig()).full
     ('2.weight', '2.bias')
 
-    Raises ValueError for an unknown method, a network that is already prepared, or one without a head.
+    Raises ValueError for an unknown method, a network that is already prepared or has no head, or names in
+    ``config.blocks`` that it does not have.
     """
     require_plain(module)
     _require_known("method", method, tuple(METHODS))
@@ -151,15 +152,17 @@ def fuse(module: nn.Module) -> nn.Module:
 
 
 def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of every tensor that the method trains, by state-dict key; `load_adapter_tensors` puts them back.
+    """Copies of every tensor that the method trains or an adapter needs, by state-dict key.
+
+    Under ``freeze_a`` these include ``lora_a``, which does not train. `load_adapter_tensors` puts them back.
 
     Raises ValueError if ``module`` is not prepared.
     """
-    return {t.name: module.get_parameter(t.name).detach().clone() for t in report_of(module).trainables}
+    return {name: module.get_parameter(name).detach().clone() for name in _shapes(report_of(module))}
 
 
 def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set every tensor that the method trains, as `adapter_tensors` returned them.
+    """Set every tensor that the method trains or an adapter needs, as `adapter_tensors` returned them.
 
     Raises AdapterError listing every missing, unexpected, ill-shaped or non-finite tensor; then nothing changed.
     Raises ValueError if ``module`` is not prepared.
@@ -173,13 +176,13 @@ def load_adapter_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> No
 
 
 def tensor_problems(report: AttachReport, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``tensors`` from being a network's trained tensors; empty if nothing does.
+    """What keeps ``tensors`` from being those of a network's adapter; empty if nothing does.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> tensor_problems(attach(net, LoraConfig()), {"2.weight": torch.zeros(3, 8)})
     ['0.weight is missing', '2.weight has shape (3, 8), expected (2, 8)']
     """
-    expected = {t.name: t.shape for t in report.trainables}
+    expected = _shapes(report)
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, value in tensors.items():
         if name not in expected:
@@ -189,6 +192,11 @@ def tensor_problems(report: AttachReport, tensors: Mapping[str, Tensor]) -> list
         elif not torch.isfinite(value).all():
             problems.append(f"{name} holds NaN or infinite values")
     return problems
+
+
+def _shapes(report: AttachReport) -> dict[str, tuple[int, ...]]:
+    """Everything that an adapter file of this network holds, but BN statistics."""
+    return {t.name: t.shape for t in report.trainables} | report.fixed
 
 
 def _remember(module: nn.Module, report: AttachReport) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lorac_exporters.plan import LoraConfig, Network, Plan
 from lorac_runtime.delta import resolve_rank_mode
+from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import Adapter, BnPolicy, Trainable
 
 
@@ -36,16 +37,22 @@ class AttachReport:
         return sum(math.prod(t.shape) for t in self.trainables)
 
     @property
+    def fixed(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of adapters that do not train (``lora_a`` under ``freeze_a``), with their shapes."""
+        return fixed_tensors(self.adapters, self.trainables)
+
+    @property
     def full(self) -> tuple[str, ...]:
         """Names of the network's own tensors that train."""
         return tuple(t.name for t in self.trainables if t.role not in ("lora_a", "lora_b", "alpha"))
 
     def __str__(self) -> str:
         share = 100 * self.trained_parameters / max(1, self.model_parameters)
+        fixed = sum(math.prod(shape) for shape in self.fixed.values())
         return (
             f"{self.method}: {self.trained_parameters:,} trained of {self.model_parameters:,} parameters "
             f"({share:.2f} %); {len(self.adapters)} adapted layers, {len(self.full)} tensors in full, "
-            f"{len(self.frozen)} layers frozen"
+            f"{len(self.frozen)} layers frozen" + (f"; lora_a frozen, {fixed:,} parameters" if fixed else "")
         )
 
 

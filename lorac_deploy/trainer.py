@@ -93,8 +93,9 @@ def _carry_out(run: Run, who: dict[str, str], state: Path | None, *, restart: bo
 
 def _report(run: Run, test: Dataset | None) -> TrainReport:
     plan, history = report_of(run.module), tuple(run.history)
-    lora = {f"lora_{name}": value for name, value in dataclasses.asdict(plan.config).items()}
-    config = dataclasses.asdict(run.config) | {"lr": run.config.peak_lr} | (lora if plan.adapters else {})
+    lora = dataclasses.asdict(plan.config) if plan.adapters else {"blocks": plan.config.blocks}
+    config = dataclasses.asdict(run.config) | {"lr": run.config.peak_lr}
+    config |= {f"lora_{name}": value for name, value in lora.items() if plan.adapters or value}
     return TrainReport(
         method=plan.method,
         bn_policy=plan.bn_policy,

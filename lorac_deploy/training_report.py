@@ -49,7 +49,7 @@ class TrainReport:
 
     method: str
     bn_policy: str
-    config: dict[str, int | float | str | None]
+    config: dict[str, int | float | str | tuple[str, ...] | None]
     train_images: int
     val_images: int
     trained_parameters: int

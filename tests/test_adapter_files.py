@@ -51,10 +51,34 @@ def test_the_metadata_says_all_that_was_set(tmp_path: Path) -> None:
         "r": "1",
         "rank_mode": "r",
         "alpha": "3.5",
+        "freeze_a": "false",
+        "blocks": "",
         "bn_policy": "batch",
         "coordinates": "unfolded",
         "base_sha256": "",
     }
+
+
+def test_a_file_holds_a_frozen_a_and_says_so(tmp_path: Path) -> None:
+    net, other = tiny(), tiny()
+    attach(net, LoraConfig(rank=1, freeze_a=True, blocks=("2", "5")))
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    file = load_adapter(tmp_path / FILE)
+    assert (file.metadata["freeze_a"], file.metadata["blocks"]) == ("true", "2,5")
+    np.testing.assert_array_equal(file.tensors["2.lora_a"], net[2].lora_a.detach())
+    found = attach_adapter(tmp_path / FILE, other)
+    assert (found.config.freeze_a, found.config.blocks) == (True, ("2", "5"))
+    assert [n for n, p in other.named_parameters() if p.requires_grad] == ["2.lora_b", "5.lora_b", "8.weight"]
+
+
+def test_files_of_full_training_in_part_are_attached_as_such(tmp_path: Path) -> None:
+    net, other = tiny(), tiny()
+    select_trainable(net, "full", LoraConfig(blocks=("2",)))
+    touch_adapters(net)
+    save_module_adapter(tmp_path / FILE, net, model="tiny")
+    assert set(load_adapter(tmp_path / FILE).tensors) == {"2.weight", "2.bias", "8.weight", "8.bias"}
+    attach_adapter(tmp_path / FILE, other)
+    assert torch.equal(other(images()), net.eval()(images()))
 
 
 def test_tensors_are_written_as_float32_whatever_the_network_is(tmp_path: Path) -> None:
@@ -105,6 +129,9 @@ CONFIGS = [
     LoraConfig(rank=2, alpha=1.5, layout="paper", rank_mode="r"),
     LoraConfig(rank=1, learnable_alpha=True, biases="head"),
     LoraConfig(rank=4, biases="all", small_layers="full"),
+    LoraConfig(rank=1, freeze_a=True, seed=7),
+    LoraConfig(rank=1, blocks=("2", "8"), biases="all"),
+    LoraConfig(rank=2, freeze_a=True, blocks=("0",)),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from lorac_deploy.lora import attach
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
+from lorac_exporters.training_ort import optimizer_problems
 from lorac_exporters.verify import random_inputs, run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter
@@ -114,9 +116,14 @@ def test_raw_uint8_images_may_be_the_input(tmp_path: Path) -> None:
         ("lora", dataclasses.replace(LORA, biases="all")),
         ("lora", dataclasses.replace(LORA, seed=1)),
         ("lora", dataclasses.replace(LORA, rank=16, small_layers="full")),
+        ("lora", dataclasses.replace(LORA, freeze_a=True)),
+        ("lora", dataclasses.replace(LORA, blocks=("3",))),
         ("training", TrainingDefaults(optimizer="sgd")),
         ("training", TrainingDefaults(clip_norm=0.5)),
         ("training", TrainingDefaults(weight_decay=0.1)),
+        ("training", TrainingDefaults(betas=(0.8, 0.999))),
+        ("training", TrainingDefaults(betas=(0.9, 0.99))),
+        ("training", TrainingDefaults(eps=1e-6)),
         ("training", TrainingDefaults(lr=1e-2)),
         ("training", TrainingDefaults(epochs=3)),
         ("training", TrainingDefaults(batch_size=7)),
@@ -129,9 +136,17 @@ def test_every_setting_changes_the_artifact(tmp_path: Path, field: str, value: o
     assert changed.to_json() != default.to_json()
     if field == "training" and value != TrainingDefaults(lr=1e-2):
         same_graph = changed.files["optimizer_model.onnx"] == default.files["optimizer_model.onnx"]
-        settings = changed.training
-        in_graph = (settings.optimizer, settings.clip_norm, settings.weight_decay) != ("adamw", 1.0, 0.0)
+        default_schedule = {n: getattr(TrainingDefaults(), n) for n in ("lr", "epochs", "batch_size", "warmup")}
+        in_graph = dataclasses.replace(changed.training, **default_schedule) != TrainingDefaults()
         assert same_graph != in_graph
+
+
+def test_the_optimizer_graph_has_the_settings_of_adamw(tmp_path: Path) -> None:
+    export(tmp_path / "a", training=TrainingDefaults(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.25))
+    nodes = onnx.load(tmp_path / "a" / "optimizer_model.onnx").graph.node
+    (found,) = [{a.name: a.f for a in n.attribute} for n in nodes if n.op_type == "AdamWOptimizer"]
+    settings = {"alpha": 0.8, "beta": 0.95, "epsilon": 1e-6, "weight_decay": 0.25}
+    assert {name: found[name] for name in settings} == pytest.approx(settings)
 
 
 def test_an_adapter_trained_in_pytorch_is_the_starting_state(tmp_path: Path) -> None:
@@ -193,6 +208,30 @@ def test_an_earlier_artifact_is_replaced_and_anything_else_is_not(tmp_path: Path
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         export(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "sgd", "weight_decay": 0.1}, "no weight_decay for sgd, got 0.1"),
+        ({"optimizer": "sgd", "momentum": 0.9}, "no momentum for sgd, got 0.9"),
+        ({"optimizer": "sgd", "momentum": 0.9, "dampening": 0.2}, "no dampening for sgd, got 0.2"),
+        ({"optimizer": "sgd", "momentum": 0.9, "nesterov": True}, "no nesterov for sgd, got True"),
+        ({"amsgrad": True}, "no amsgrad for adamw, got True"),
+        ({"loss": "mse"}, "no loss mse; use cross_entropy"),
+        ({"label_smoothing": 0.1}, "no label_smoothing, got 0.1"),
+    ],
+)
+def test_settings_that_onnxruntime_training_lacks_are_named(settings: dict[str, Any], message: str) -> None:
+    problems = optimizer_problems(TrainingDefaults(**settings))
+    assert any(message in problem for problem in problems)
+    assert len(problems) == len(set(settings) - {"optimizer"})
+    assert all("the engine onnxruntime" in problem for problem in problems)
+
+
+def test_settings_that_onnxruntime_training_has_are_accepted() -> None:
+    assert optimizer_problems(TrainingDefaults(optimizer="sgd", clip_norm=0.5)) == []
+    assert optimizer_problems(TrainingDefaults(weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)) == []
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lion"])

@@ -8,16 +8,21 @@ import dataclasses
 import pytest
 
 from lorac_deploy.commands._options import (
+    add_device_options,
     add_lora_options,
     add_training_options,
+    device_defaults,
+    idle_lora_options,
     lora_config,
     lora_given,
     names,
+    pair,
     sizes,
     training_config,
 )
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
 from lorac_exporters.plan import LoraConfig
+from lorac_runtime.manifest import TrainingDefaults
 
 TRAINING = {
     "--epochs": ("7", 7),
@@ -35,6 +40,23 @@ TRAINING = {
     "--seed": ("3", 3),
     "--threads": ("2", 2),
 }
+DEVICE = {
+    "--lr": (["0.25"], 0.25),
+    "--epochs": (["7"], 7),
+    "--batch-size": (["9"], 9),
+    "--warmup": (["0.1"], 0.1),
+    "--loss": (["mse"], "mse"),
+    "--label-smoothing": (["0.1"], 0.1),
+    "--optimizer": (["sgd"], "sgd"),
+    "--weight-decay": (["0.1"], 0.1),
+    "--clip-norm": (["0"], 0.0),
+    "--momentum": (["0.5"], 0.5),
+    "--dampening": (["0.5"], 0.5),
+    "--nesterov": ([], True),
+    "--betas": (["0.8,0.99"], (0.8, 0.99)),
+    "--eps": (["1e-6"], 1e-6),
+    "--amsgrad": ([], True),
+}
 LORA = {
     "--rank": (["8"], 8),
     "--alpha": (["1.5"], 1.5),
@@ -43,6 +65,8 @@ LORA = {
     "--learnable-alpha": ([], True),
     "--biases": (["all"], "all"),
     "--small-layers": (["full"], "full"),
+    "--freeze-a": ([], True),
+    "--blocks": (["layer3, layer4.0"], ("layer3", "layer4.0")),
 }
 
 
@@ -59,6 +83,7 @@ def field(option: str) -> str:
 
 def test_the_tables_cover_every_field() -> None:
     assert {field(o) for o in TRAINING} == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert {field(o) for o in DEVICE} == {f.name for f in dataclasses.fields(TrainingDefaults)}
     assert {field(o) for o in LORA} | {"seed"} == {f.name for f in dataclasses.fields(LoraConfig)}
 
 
@@ -79,6 +104,23 @@ def test_each_training_option_sets_its_field_alone(method: str, option: str) -> 
     assert found != DEFAULTS[method]
 
 
+def device_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser()
+    add_device_options(p)
+    return p
+
+
+def test_without_options_the_devices_defaults_hold() -> None:
+    assert device_defaults(device_parser().parse_args([])) == TrainingDefaults()
+
+
+@pytest.mark.parametrize("option", DEVICE)
+def test_each_device_option_sets_its_field_alone(option: str) -> None:
+    arguments, value = DEVICE[option]
+    found = device_defaults(device_parser().parse_args([option, *arguments]))
+    assert found == dataclasses.replace(TrainingDefaults(), **{field(option): value}) != TrainingDefaults()
+
+
 @pytest.mark.parametrize("option", LORA)
 def test_each_lora_option_sets_its_field_alone(option: str) -> None:
     arguments, value = LORA[option]
@@ -87,6 +129,13 @@ def test_each_lora_option_sets_its_field_alone(option: str) -> None:
         lora_config(args, 4) == dataclasses.replace(LoraConfig(seed=4), **{field(option): value}) != LoraConfig(seed=4)
     )
     assert lora_given(args) == {field(option): value}
+
+
+def test_only_blocks_hold_beyond_lora_c() -> None:
+    args = parser().parse_args(["--rank", "2", "--blocks", "layer4", "--freeze-a"])
+    assert idle_lora_options("lora-c", args) == []
+    assert idle_lora_options("full", args) == ["rank", "freeze_a"]
+    assert idle_lora_options("head", args) == ["rank", "freeze_a", "blocks"]
 
 
 def test_help_shows_the_default_that_holds() -> None:
@@ -103,6 +152,15 @@ def test_a_wrong_size_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         p.parse_args([f"--size={text}"])
     assert f"invalid sizes value: '{text}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["0.9", "0.9,0.99,1", "a,b", ""])
+def test_a_wrong_pair_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--betas", type=pair)
+    with pytest.raises(SystemExit):
+        p.parse_args([f"--betas={text}"])
+    assert f"invalid pair value: '{text}'" in capsys.readouterr().err
 
 
 def test_names_are_trimmed() -> None:

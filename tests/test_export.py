@@ -213,6 +213,8 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
         (["--checkpoint", "x", "--alpha", "-1"], 2, "alpha must be positive"),
         (["--checkpoint", "x", "--optimizer", "sgd", "--weight-decay", "0.1"], 2, "sgd"),
         (["--checkpoint", "x", "--method", "head", "--rank", "2"], 2, "applies to --method lora-c only"),
+        (["--checkpoint", "x", "--method", "full", "--freeze-a"], 2, "applies to --method lora-c only"),
+        (["--checkpoint", "x", "--method", "head", "--blocks", "fc"], 2, "applies to --method lora-c and full only"),
         (["--checkpoint", "missing"], 1, "error: "),
         (["--onnx", "missing.onnx", "--mean", "0", "--std", "1"], 1, "error: "),
     ],

@@ -156,6 +156,15 @@ def test_first_values_are_kaiming_uniform_and_follow_the_seed() -> None:
     assert 0.8 * bound < np.abs(first).max() <= bound
 
 
+def test_a_frozen_a_has_the_same_first_values_and_is_in_the_graph_all_the_same() -> None:
+    base = canonicalize(network())
+    trains, frozen = (adapted(base, LoraConfig(rank=1, freeze_a=f), touch=0.3) for f in (False, True))
+    assert frozen[1].keys() == trains[1].keys()
+    for name, value in trains[1].items():
+        np.testing.assert_array_equal(frozen[1][name], value)
+    np.testing.assert_array_equal(run(frozen[0]), run(trains[0]))
+
+
 def test_parameters_are_counted_as_the_author_knows_them() -> None:
     base = canonicalize(network())
     assert count_parameters(base) == 4 * 27 + 8 * 4 * 9 + 3 * 8 + 3  # the added zero biases left out

@@ -82,3 +82,42 @@ def test_the_report_says_in_one_line_what_trains() -> None:
     assert str(report) == (
         "lora-c: 464 trained of 1,109 parameters (41.84 %); 2 adapted layers, 2 tensors in full, 1 layers frozen"
     )
+
+
+def counted(config: LoraConfig) -> int:
+    """Trained parameters of a ResNet-18 with a small stem, by the report and by PyTorch alike."""
+    with torch.device("meta"):
+        net = build(ModelSpec("resnet18", classes=10, cifar_stem=True))
+        report = attach(net, config)
+    assert report.trained_parameters == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return report.trained_parameters
+
+
+def test_with_a_frozen_a_only_the_b_factors_stem_and_head_are_counted() -> None:
+    with torch.device("meta"):
+        net: Any = build(ModelSpec("resnet18", classes=10, cifar_stem=True))
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m is not net.conv1]
+    b_factors = sum(m.out_channels * m.kernel_size[0] * 4 * m.kernel_size[1] for m in convs)
+    assert counted(LoraConfig(rank=4, freeze_a=True)) == b_factors + 64 * 27 + 5120
+    assert counted(LoraConfig(rank=4)) > counted(LoraConfig(rank=4, freeze_a=True))
+
+
+def test_of_a_block_its_factors_and_the_head_are_counted() -> None:
+    layer4 = (
+        (512 + 256) * 9 * 4 + 3 * (512 + 512) * 9 * 4 + (512 + 256) * 4
+    )  # convolutions, and the 1x1 of the shortcut
+    assert counted(LoraConfig(rank=4, blocks=("layer4",))) == layer4 + 5120
+    assert counted(LoraConfig(rank=4, blocks=("layer4", "conv1"))) == layer4 + 5120 + 64 * 27
+
+
+def test_the_report_says_what_of_the_adapters_is_frozen_and_which_layers_are_outside() -> None:
+    report = attach(tiny(), LoraConfig(rank=1, freeze_a=True, blocks=("2", "4")))
+    assert str(report) == (
+        "lora-c: 152 trained of 1,109 parameters (13.71 %); 1 adapted layers, 1 tensors in full, 3 layers frozen; "
+        "lora_a frozen, 72 parameters"
+    )
+    assert report.frozen == (
+        ("0", "outside of the trained blocks"),
+        ("4", "its adapter would not be smaller than its weight"),
+        ("5", "outside of the trained blocks"),
+    )

@@ -7,12 +7,24 @@ from typing import Any
 import pytest
 import torch
 from networks import touch_adapters
-from small_network import SMALL, images, tiny
+from small_network import SMALL, assert_same_state, images, snapshot, step, tiny
 from torch import nn
 
-from lorac_deploy.lora import AttachReport, LoraConfig, LoraConv1d, attach, detach, fuse, select_trainable
+from lorac_deploy.lora import (
+    AttachReport,
+    LoraConfig,
+    LoraConv1d,
+    LoraConv2d,
+    adapter_tensors,
+    attach,
+    detach,
+    fuse,
+    load_adapter_tensors,
+    select_trainable,
+)
 from lorac_deploy.models import ModelSpec, build
 from lorac_runtime.delta import LAYOUTS
+from lorac_runtime.errors import AdapterError
 
 
 def test_layouts_give_different_networks_from_the_same_factors() -> None:
@@ -145,3 +157,86 @@ def test_unknown_methods_and_policies_are_refused() -> None:
         select_trainable(tiny(), "lora", SMALL)
     with pytest.raises(ValueError, match="BN policy 'none' is not one of frozen, batch, recalibrate"):
         attach(tiny(), SMALL, bn_policy="none")  # type: ignore[arg-type]
+
+
+FROZEN_A = LoraConfig(rank=1, freeze_a=True)
+
+
+def test_a_frozen_a_gets_no_gradient_and_stays_while_b_moves() -> None:
+    net = tiny()
+    attach(net, FROZEN_A)
+    before = snapshot(net)
+    step(net.train())
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"0.weight", "2.lora_b", "5.lora_b", "8.weight"}
+    assert net[2].lora_a.grad is None
+    assert not net[2].lora_a.requires_grad
+    assert net[2].lora_b.grad.abs().max() > 0
+
+
+def test_the_gradient_of_b_does_not_depend_on_whether_a_trains() -> None:
+    gradients = []
+    for config in (SMALL, FROZEN_A):
+        net = tiny()
+        attach(net, config)
+        step(net.train())
+        gradients.append(net[2].lora_b.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_frozen_a_is_part_of_the_adapter_and_is_loaded_with_it() -> None:
+    net, other = tiny(), tiny()
+    attach(net, FROZEN_A)
+    step(net.train())
+    tensors = adapter_tensors(net)
+    assert set(tensors) == {"0.weight", "2.lora_a", "2.lora_b", "5.lora_a", "5.lora_b", "8.weight"}
+    attach(other, LoraConfig(rank=1, freeze_a=True, seed=9))
+    with pytest.raises(AdapterError, match=r"2\.lora_a is missing"):
+        load_adapter_tensors(other, {n: v for n, v in tensors.items() if n != "2.lora_a"})
+    load_adapter_tensors(other, tensors)
+    assert torch.equal(other.eval()(images()), net.eval()(images()))
+    assert not other[2].lora_a.requires_grad
+
+
+@pytest.mark.parametrize("config", [FROZEN_A, LoraConfig(rank=1, blocks=("5",)), LoraConfig(blocks=("0", "8"))])
+def test_networks_trained_in_part_are_fused_and_detached_like_others(config: LoraConfig) -> None:
+    net = tiny()
+    before = snapshot(net)
+    attach(net, config)
+    step(net.train())
+    expected = net.eval()(images())
+    fused = fuse(net)
+    assert torch.equal(fused(images()), expected)
+    assert list(fused.state_dict()) == list(before)
+    detach(net)
+    assert_same_state(net, before)
+    assert not torch.allclose(net.eval()(images()), expected, rtol=0, atol=1e-4)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_blocks_leave_the_layers_outside_plain_and_frozen() -> None:
+    net = tiny()
+    attach(net, LoraConfig(rank=1, blocks=("5",)))
+    assert [type(net[i]) for i in (2, 5)] == [nn.Conv2d, LoraConv2d]
+    assert [n for n, p in net.named_parameters() if p.requires_grad] == ["5.lora_a", "5.lora_b", "8.weight"]
+    step(net.train())
+    assert [n for n, p in net.named_parameters() if p.grad is not None] == ["5.lora_a", "5.lora_b", "8.weight"]
+
+
+def test_blocks_hold_for_full_training_and_are_refused_for_the_head_alone() -> None:
+    net = tiny()
+    report = select_trainable(net, "full", LoraConfig(blocks=("0", "1", "2")), bn_policy="batch")
+    learning = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert learning == ["0.weight", "1.weight", "1.bias", "2.weight", "2.bias", "8.weight", "8.bias"]
+    assert [name for name, _ in report.frozen] == ["4", "5"]
+    with pytest.raises(ValueError, match="method head trains the head alone"):
+        select_trainable(tiny(), "head", LoraConfig(blocks=("2",)))
+
+
+def test_a_network_without_the_block_stays_plain() -> None:
+    net = tiny()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="'layer4' holds no layer that could train: there are 0, 2, 4, 5, 8"):
+        attach(net, LoraConfig(blocks=("layer4",)))
+    assert_same_state(net, before)
+    attach(net, SMALL)

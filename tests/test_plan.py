@@ -5,6 +5,7 @@ import math
 import pytest
 
 from lorac_exporters.plan import METHODS, ConvLayer, LoraConfig, Network
+from lorac_runtime.manifest import Trainable
 
 
 def conv(name: str, *shape: int, groups: int = 1, obstacle: str | None = None) -> ConvLayer:
@@ -77,8 +78,117 @@ def test_a_convolution_that_is_the_head_gets_no_adapter() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"alpha": 0.0}, {"alpha": math.nan}, {"layout": "x"}, {"rank_mode": "x"}, {"biases": "x"}]
+    "bad",
+    [
+        {"rank": 0},
+        {"alpha": 0.0},
+        {"alpha": math.nan},
+        {"layout": "x"},
+        {"rank_mode": "x"},
+        {"biases": "x"},
+        {"blocks": "layer4"},
+        {"blocks": ("layer4", "")},
+        {"blocks": ("layer3,layer4",)},
+    ],
 )
-def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
+def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         LoraConfig(**bad)  # type: ignore[arg-type]
+
+
+BODIES = (STEM, conv("part.0.a", 64, 64, 3, 3), conv("part.1.a", 64, 32, 3, 3), conv("party", 32, 64, 3, 3))
+
+
+def trained(method: str, **settings: object) -> list[str]:
+    plan = METHODS[method](network(*BODIES), LoraConfig(**settings))  # type: ignore[arg-type]
+    return [t.name for t in plan.trainables]
+
+
+def test_a_frozen_a_belongs_to_the_adapter_but_is_not_counted() -> None:
+    plan = METHODS["lora-c"](network(STEM, BODY), LoraConfig(rank=4, freeze_a=True, learnable_alpha=True))
+    assert [t.name for t in plan.trainables] == ["stem.weight", "body.lora_b", "body.lora_alpha", "fc.weight"]
+    assert plan.fixed == {"body.lora_a": (12, 64 * 3)}
+    assert plan.trained_parameters == 64 * 27 + 64 * 3 * 12 + 1 + 640
+    assert METHODS["lora-c"](network(STEM, BODY), LoraConfig(rank=4)).fixed == {}
+
+
+def test_freezing_a_changes_neither_adapters_nor_frozen_layers() -> None:
+    plain, frozen = (METHODS["lora-c"](network(*BODIES, DEPTHWISE), LoraConfig(freeze_a=f)) for f in (False, True))
+    assert plain.adapters == frozen.adapters
+    assert plain.frozen == frozen.frozen
+    assert {t.name for t in plain.trainables} == {t.name for t in frozen.trainables} | frozen.fixed.keys()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layers"),
+    [
+        (("part",), ["part.0.a", "part.1.a"]),
+        (("part.1",), ["part.1.a"]),
+        (("part.1.a",), ["part.1.a"]),
+        (("party", "part.0"), ["part.0.a", "party"]),
+        (("fc",), []),
+        (("part", "part.0", "party"), ["part.0.a", "part.1.a", "party"]),
+    ],
+)
+def test_blocks_adapt_the_layers_of_these_names_and_below_and_always_train_the_head(
+    blocks: tuple[str, ...], layers: list[str]
+) -> None:
+    plan = METHODS["lora-c"](network(*BODIES), LoraConfig(rank=1, blocks=blocks, biases="all"))
+    tensors = [f"{layer}.lora_{leaf}" for layer in layers for leaf in "ab"]
+    biases = [f"{layer}.bias" for layer in layers]
+    assert [t.name for t in plan.trainables] == [*tensors, *biases, "fc.weight", "fc.bias"]
+    outside = [c.name for c in BODIES if c.name not in layers]
+    assert plan.frozen == tuple((name, "outside of the trained blocks") for name in outside)
+
+
+def test_the_stem_trains_in_full_where_a_block_names_it_and_is_the_only_one_that_does() -> None:
+    assert trained("lora-c", blocks=("stem",)) == ["stem.weight", "fc.weight"]
+    shifted = METHODS["lora-c"](network(*BODIES), LoraConfig(rank=1, blocks=("part",)))
+    assert [a.layer for a in shifted.adapters] == ["part.0.a", "part.1.a"]
+
+
+def test_full_training_of_blocks_changes_their_weights_biases_and_norms_and_the_head() -> None:
+    others = (Trainable("part.norm.weight", (64,), "weight"), Trainable("mix.weight", (64, 64), "weight"))
+    facts = Network(
+        (*BODIES, conv("part.2.a", 8, 8, 3, 3, obstacle="shared")),
+        ("fc.weight", (10, 64)),
+        ("fc.bias", (10,)),
+        1000,
+        (("part.0.bn.weight", "part.0.bn.bias", 64), ("bn.weight", "bn.bias", 64)),
+        others,
+    )
+    plan = METHODS["full"](facts, LoraConfig(blocks=("part",)))
+    convs = ["part.0.a.weight", "part.1.a.weight", "part.0.a.bias", "part.1.a.bias"]
+    rest = ["part.norm.weight", "part.0.bn.weight", "part.0.bn.bias", "fc.weight", "fc.bias"]
+    assert [t.name for t in plan.trainables] == convs + rest
+    outside = "outside of the trained blocks"
+    assert plan.frozen == (("stem", outside), ("party", outside), ("part.2.a", "shared"), ("mix", outside))
+    assert METHODS["full"](facts, LoraConfig(blocks=("bn",))).trained_parameters == 2 * 64 + 640 + 10
+
+
+def test_a_block_that_holds_nothing_is_named_with_what_there_is() -> None:
+    settings = LoraConfig(blocks=("part.0", "layer4", "part.7"))
+    for method in ("lora-c", "full"):
+        with pytest.raises(ValueError, match="blocks:") as error:
+            METHODS[method](Network(BODIES, ("fc.weight", (10, 64)), None, 1000), settings)
+        assert str(error.value) == (
+            "blocks: 'layer4' holds no layer that could train: there are stem, part, party, fc; "
+            "'part.7' holds no layer that could train: there are part.0, part.1"
+        )
+
+
+def test_a_long_list_of_layers_is_shortened() -> None:
+    many = [conv(f"body.{i}", 64, 64, 3, 3) for i in range(20)]
+    with pytest.raises(ValueError, match=r"body.0, body.1, .*, body.7, \.\.\.$"):
+        METHODS["lora-c"](network(*many), LoraConfig(blocks=("body.99",)))
+
+
+def test_norms_are_no_blocks_where_they_do_not_train() -> None:
+    with pytest.raises(ValueError, match="'bn' holds no layer"):
+        METHODS["lora-c"](network(*BODIES), LoraConfig(blocks=("bn",)))
+    assert "bn.weight" in trained("full", blocks=("bn",))
+
+
+def test_the_head_alone_has_no_blocks() -> None:
+    with pytest.raises(ValueError, match="blocks part: method head trains the head alone; leave them out"):
+        METHODS["head"](network(*BODIES), LoraConfig(blocks=("part",)))

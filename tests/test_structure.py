@@ -144,16 +144,44 @@ def test_parameters_of_other_layers_are_listed() -> None:
     ]
 
 
-@pytest.mark.parametrize("method", ["lora-c", "head"])
-def test_the_plan_is_the_one_made_from_the_exported_graph(method: str) -> None:
+RANK_1 = LoraConfig(rank=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [
+        ("lora-c", RANK_1),
+        ("head", RANK_1),
+        ("lora-c", LoraConfig(rank=1, freeze_a=True)),
+        ("lora-c", LoraConfig(rank=1, blocks=("0", "4"))),
+        ("lora-c", LoraConfig(rank=1, blocks=("2", "8"), freeze_a=True, learnable_alpha=True)),
+    ],
+)
+def test_the_plan_is_the_one_made_from_the_exported_graph(method: str, config: LoraConfig) -> None:
     """Two routes to what trains: the module's own facts, and those of its ONNX graph."""
     torch.manual_seed(0)
     layers = [nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 16, (1, 3)), nn.Conv2d(16, 8, 1)]
     module = net(*layers, nn.AdaptiveAvgPool2d(1)).eval()
     graph = export_graph(module, (3, 16, 16))
     exported = inject.describe(canonicalize(graph), canonicalize(graph, fold=False))
-    ours, theirs = (METHODS[method](facts, LoraConfig(rank=1)) for facts in (describe(module), exported))
-    assert ours.trainables == theirs.trainables
-    assert ours.adapters == theirs.adapters
-    assert [name for name, _ in ours.frozen] == [name for name, _ in theirs.frozen]
+    ours, theirs = (METHODS[method](facts, config) for facts in (describe(module), exported))
+    assert ours == theirs
     assert describe(module).backbone_parameters == exported.backbone_parameters
+
+
+@pytest.mark.parametrize("blocks", [("features.11.block.2", "classifier"), ("features.0", "features.4.block")])
+def test_full_training_of_blocks_takes_the_same_layers_of_the_module_and_of_its_graph(blocks: tuple[str, ...]) -> None:
+    module = build(ModelSpec("mobilenet_v3_small", classes=4)).eval()
+    graph = export_graph(module, (3, 32, 32))
+    exported = inject.describe(canonicalize(graph), canonicalize(graph, fold=False))
+    ours, theirs = (METHODS["full"](facts, LoraConfig(blocks=blocks)) for facts in (describe(module), exported))
+    weights = [[t for t in plan.trainables if t.role == "weight"] for plan in (ours, theirs)]
+    assert weights[0] == weights[1]
+    assert 2 <= len(weights[0]) < 10
+    assert ours.frozen == theirs.frozen
+    messages = []
+    for facts in (describe(module), exported):
+        with pytest.raises(ValueError, match=r"features\.4\.bloc") as error:
+            METHODS["full"](facts, LoraConfig(blocks=("features.4.bloc",)))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]

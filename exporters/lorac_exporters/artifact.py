@@ -20,16 +20,20 @@ import numpy.typing as npt
 import onnx_ir as ir
 import safetensors.numpy
 
-from lorac_exporters import training_ort
+from lorac_exporters import engine_files
 from lorac_exporters.bn_tensors import batchnorm_tensors
+from lorac_exporters.branches import FORM_CHOICES, FormChoice, form_of
+from lorac_exporters.engine_files import EngineChoice, chosen, option_problems
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
 from lorac_exporters.patch_table import patch_table
 from lorac_exporters.plan import METHODS, LoraConfig
 from lorac_exporters.statistics_graph import statistics_graph
+from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
 from lorac_runtime.errors import AdapterError, OutputError
+from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest_checks import training_problems
 
 log = logging.getLogger(__name__)
@@ -43,12 +47,17 @@ LOGITS_TOLERANCE = 1e-4  # times max(1, largest logit)
 class ArtifactConfig:
     """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields.
 
+    ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever that can train the model. ``form`` is how that
+    engine computes adapters: thin branches, updated weights, or for each layer what costs less (``auto``).
+
     Raises ValueError for a value out of range.
     """
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     method: str = "lora-c"
     bn_policy: mf.BnPolicy = "frozen"
+    engine: EngineChoice = "auto"
+    form: FormChoice = "auto"
     training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
 
     def __post_init__(self) -> None:
@@ -56,7 +65,9 @@ class ArtifactConfig:
             raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         if self.bn_policy not in mf.BN_POLICIES:
             raise ValueError(f"BN policy {self.bn_policy!r} is not one of {', '.join(mf.BN_POLICIES)}")
-        problems = [*training_problems(self.training), *training_ort.optimizer_problems(self.training)]
+        problems = [*training_problems(self.training), *option_problems(self.engine, self.training)]
+        if self.form not in FORM_CHOICES:
+            problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -105,8 +116,9 @@ def write_artifact(
         lora=config.lora,
         policy=config.bn_policy,
     )
+    engines = chosen(config.engine, graphs, config.training)
     with _beside(out) as folder:
-        manifest = _fill(folder, graphs, name, class_names, config, adapter, on_progress)
+        manifest = _fill(folder, graphs, engines, name, class_names, config, adapter, on_progress)
         (folder / mf.FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         mf.verify_files(folder, mf.load(folder))
     return ExportReport(out, manifest, graphs.base.changes, graphs.plan.frozen, time.perf_counter() - started)
@@ -115,6 +127,7 @@ def write_artifact(
 def _fill(
     folder: Path,
     graphs: Graphs,
+    engines: tuple[str, ...],
     name: str,
     class_names: tuple[str, ...],
     config: ArtifactConfig,
@@ -128,17 +141,13 @@ def _fill(
     start = starting_values(graphs.plan, graphs.trained.values, seed=config.lora.seed) | graphs.statistics()
     if adapter is not None:
         start |= _from_adapter(manifest, adapter, tensors)
-    save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest))
-    on_progress("building the gradient graph")
-    training = graphs.training_model(start)
-    version = training_ort.write(
-        training,
-        folder,
-        trainable=[t.name for t in graphs.plan.trainables],
-        frozen=graphs.frozen_names(),
-        defaults=config.training,
-    )
-    return _finished(folder, manifest, version)
+    save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest, blocks=config.lora.blocks))
+    steps = StepConfig(config.training, form_of(config.form))
+    entries = {}
+    for engine in engines:
+        on_progress(f"building the gradient graph for {engine}")
+        entries[engine] = engine_files.write(engine, graphs, folder, start=start, config=steps)
+    return _finished(folder, manifest, entries)
 
 
 def _manifest(
@@ -167,11 +176,11 @@ def _manifest(
     )
 
 
-def _finished(folder: Path, manifest: mf.Manifest, version: str) -> mf.Manifest:
-    """Add the files and the engine to the manifest."""
-    engine_files = [*training_ort.FILES, *(n for n in (STATISTICS,) if (folder / n).exists())]
+def _finished(folder: Path, manifest: mf.Manifest, engines: dict[str, mf.EngineEntry]) -> mf.Manifest:
+    """Add the files and the engines to the manifest."""
+    extra = tuple(n for n in (STATISTICS,) if (folder / n).exists())
+    engines = {name: dataclasses.replace(entry, files=(*entry.files, *extra)) for name, entry in engines.items()}
     entries = {path.name: mf.FileEntry(mf.sha256(path), path.stat().st_size) for path in sorted(folder.iterdir())}
-    engines = {training_ort.ENGINE: mf.EngineEntry(tuple(engine_files), version)}
     return dataclasses.replace(manifest, files=entries, engines=engines)
 
 
@@ -199,8 +208,9 @@ def _from_adapter(
     return to_manifest_coordinates(manifest, batchnorm, file)
 
 
-def adapter_metadata(manifest: mf.Manifest) -> dict[str, str]:
+def adapter_metadata(manifest: mf.Manifest, *, blocks: tuple[str, ...] = ()) -> dict[str, str]:
     """The metadata of an adapter file that belongs to this artifact's base; all values are text."""
+    fixed = fixed_tensors(manifest.adapters, manifest.trainables)
     first = manifest.adapters[0] if manifest.adapters else None
     return {
         "format": "lorac-adapter",
@@ -211,6 +221,8 @@ def adapter_metadata(manifest: mf.Manifest) -> dict[str, str]:
         "r": str(first.r) if first else "",
         "rank_mode": ("rk" if any(a.rank > a.r for a in manifest.adapters) else "r") if first else "",
         "alpha": repr(first.alpha) if first else "",
+        "freeze_a": "true" if fixed else "false",
+        "blocks": ",".join(blocks),
         "bn_policy": manifest.bn_policy,
         "coordinates": manifest.coordinates,
         "base_sha256": manifest.files[mf.BASE].sha256,

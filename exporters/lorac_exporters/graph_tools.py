@@ -188,6 +188,14 @@ def bypass(node: ir.Node) -> None:
         source.name = old.name
 
 
+def producer(value: ir.Value) -> ir.Node:
+    """The node that computes a value. Raises ValueError for an input or initializer."""
+    node = value.producer()
+    if node is None:
+        raise ValueError(f"{value.name!r} is computed by no node")
+    return node
+
+
 def need_graph(node: ir.Node) -> ir.Graph:
     """The graph that holds a node. Raises ValueError for a loose node or one in a function."""
     if not isinstance(node.graph, ir.Graph):

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from lorac_exporters import preflight, training_ort
 from lorac_exporters.canonical import Canonical, canonicalize, with_new_head
 from lorac_exporters.heads import find_head
 from lorac_exporters.inject import describe, inject
@@ -43,9 +42,9 @@ class Graphs:
         return {n: self.original.values[n] for bn in sites for n in (bn.running_mean, bn.running_var)}
 
     def frozen_names(self) -> list[str]:
-        """Parameters of `trained` that do not train, in graph order."""
+        """Parameters that do not train: those of `trained` in graph order, then those of adapters."""
         trainable = {t.name for t in self.plan.trainables}
-        return [name for name in self._parameter_names() if name not in trainable]
+        return [*(name for name in self._parameter_names() if name not in trainable), *self.plan.fixed]
 
     def patched_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of base.onnx that an adaptation may change, with their shapes, in graph order."""
@@ -89,10 +88,9 @@ def build_graphs(
     lora: LoraConfig,
     policy: BnPolicy,
 ) -> Graphs:
-    """Canonical graphs and the plan, checked for the engine before any file is written.
+    """Canonical graphs and the plan. Whether an engine can train them, `engine_files.chosen` tells.
 
-    Raises ConversionError naming every operator on a gradient path that the engine cannot differentiate, or if the
-    classifier has another width than ``classes`` and no new one is wanted.
+    Raises ConversionError if the classifier has another width than ``classes`` and no new one is wanted, or ``lora.blocks`` are not in this network.
     """
     base, original = canonicalize(model), canonicalize(model, fold=False)
     if new_head:
@@ -103,17 +101,14 @@ def build_graphs(
         add_preprocessing(base.model, spec)
         add_preprocessing(original.model, spec)
     network = _network(base, original, policy)
-    graphs = Graphs(base, original, METHODS[method](network, lora), policy, spec, network)
-    _check_gradients(graphs)
-    return graphs
+    return Graphs(base, original, _plan(method, network, lora), policy, spec, network)
 
 
-def _check_gradients(graphs: Graphs) -> None:
-    trained = graphs.trained.model.clone()
-    rewrite_for_training(trained)
-    changing = [t.name for t in graphs.plan.trainables if t.role not in ("lora_a", "lora_b", "alpha")]
-    changing += [a.weight for a in graphs.plan.adapters]
-    preflight.require_trainable(trained, changing, engine=training_ort.ENGINE)
+def _plan(method: str, network: Network, lora: LoraConfig) -> Plan:
+    try:
+        return METHODS[method](network, lora)
+    except ValueError as err:  # settings that are sound in themselves, but not for this network or method
+        raise ConversionError(str(err)) from err
 
 
 def _check_width(width: int, classes: int) -> None:

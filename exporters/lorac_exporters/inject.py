@@ -61,7 +61,7 @@ def count_parameters(canonical: Canonical) -> int:
 
 
 def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[str, Floats]:
-    """First values of all trainable tensors: ``lora_b`` zero, ``lora_a`` Kaiming uniform (a = sqrt 5), alpha.
+    """First values of all tensors of adapters: ``lora_b`` zero, ``lora_a`` Kaiming uniform (a = sqrt 5), alpha.
 
     Tensors that train in full start at their value in ``base``.
     """
@@ -76,7 +76,7 @@ def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[s
         values[adapter.lora_b] = np.zeros((c_out * k_h, adapter.rank), np.float32)
         if adapter.lora_alpha is not None:
             values[adapter.lora_alpha] = np.array([adapter.alpha], np.float32)
-    return {t.name: values[t.name] if t.name in values else base[t.name] for t in plan.trainables}
+    return values | {t.name: base[t.name] for t in plan.trainables if t.name not in values}
 
 
 def inject(model: ir.Model, plan: Plan, values: dict[str, Floats]) -> None:

@@ -6,10 +6,11 @@ Only nodes on a gradient path matter: those between a tensor that trains and the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from lorac_exporters.gradients.rules import RULES
 from lorac_exporters.graph_tools import describe, int_attribute, static_dims, text_attribute
 from lorac_runtime.errors import ConversionError, listed
 
@@ -116,7 +117,8 @@ ENGINES: Mapping[str, Abilities] = {
         ),
         conditions={"Pad": _constant_mode_only, "Conv": _right_conv_gradients_only},
         refusals={"AveragePool": _CRASH, "ConvTranspose": _NO_KERNEL, "Resize": _NO_KERNEL},
-    )
+    ),
+    "onnxruntime": Abilities(operators=frozenset(RULES), conditions={}, refusals={}),
 }
 
 
@@ -139,7 +141,11 @@ def require_trainable(model: ir.Model, trainable_names: Iterable[str], *, engine
 
     Raises ConversionError naming every node in the way, and what can be done.
     """
-    problems = untrainable(model, trainable_names, engine=engine)
+    require_none(untrainable(model, trainable_names, engine=engine), engine=engine)
+
+
+def require_none(problems: Sequence[Problem], *, engine: str) -> None:
+    """Raises ConversionError naming every problem, and what can be done."""
     if problems:
         headline = (
             f"the engine {engine} cannot train through these nodes; train fewer layers (method head), "

@@ -6,7 +6,7 @@ onnxruntime-training 1.19.2. AveragePool has a gradient there, but its CPU kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import onnx_ir as ir
 
@@ -42,14 +42,15 @@ RULES: dict[str, Rule] = {
 }
 
 
-def rewrite_for_training(model: ir.Model) -> tuple[str, ...]:
+def rewrite_for_training(model: ir.Model, *, keep: Container[str] = ()) -> tuple[str, ...]:
     """Write out, in place, every operator of a canonical graph that needs it and for which a rule exists.
 
+    Operators in ``keep`` stay: the engine can differentiate them.
     Outputs stay equal but for rounding. What no rule covers is left for `lorac_exporters.preflight` to name.
     Returns what was changed, a line each.
     """
     changes = []
-    for node in nodes_of(model.graph, *RULES):
+    for node in nodes_of(model.graph, *(name for name in RULES if name not in keep)):
         tape = Tape(node)
         result = RULES[node.op_type](tape)
         if result is not None and tape.nodes:

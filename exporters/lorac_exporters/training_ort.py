@@ -28,7 +28,6 @@ GRAPHS = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx")
 CHECKPOINT = "checkpoint"
 FILES = (*GRAPHS, CHECKPOINT)
 IR_VERSION = 9  # 1.19.2 refuses what onnx >= 1.18 writes by itself; 9 is read by onnxruntime from 1.17 on
-OPTIMIZERS = ("adamw", "sgd")
 
 
 def write(model: ir.Model, folder: Path, *, trainable: list[str], frozen: list[str], defaults: TrainingDefaults) -> str:
@@ -73,21 +72,26 @@ def _optimizer(defaults: TrainingDefaults) -> Any:
 
     clip = onnxblock.optim.ClipGradNorm(defaults.clip_norm) if defaults.clip_norm > 0 else None
     if defaults.optimizer == "adamw":
-        return onnxblock.optim.AdamW(eps=1e-8, weight_decay=defaults.weight_decay, clip_grad=clip)
+        return onnxblock.optim.AdamW(
+            betas=defaults.betas, eps=defaults.eps, weight_decay=defaults.weight_decay, clip_grad=clip
+        )
     return onnxblock.optim.SGD(clip_grad=clip)
 
 
 def optimizer_problems(defaults: TrainingDefaults) -> list[str]:
-    """Why this engine cannot offer the optimizer, a line each.
+    """Which settings of optimizer and loss this engine does not have, a line each.
 
     >>> optimizer_problems(TrainingDefaults(optimizer="sgd", weight_decay=0.1))
-    ['onnxruntime-training has no weight decay for sgd; use adamw, or weight decay 0']
+    ['onnxruntime-training has no weight_decay for sgd, got 0.1; leave it out, or use the engine onnxruntime']
     """
-    if defaults.optimizer not in OPTIMIZERS:
-        return [f"optimizer {defaults.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"]
-    if defaults.optimizer == "sgd" and defaults.weight_decay:
-        return ["onnxruntime-training has no weight decay for sgd; use adamw, or weight decay 0"]
-    return []
+    missing = {"adamw": ("amsgrad",), "sgd": ("weight_decay", "momentum", "dampening", "nesterov")}
+    given = [(n, getattr(defaults, n)) for n in missing.get(defaults.optimizer, ())]
+    lacks = [f"no {name} for {defaults.optimizer}, got {value}; leave it out" for name, value in given if value]
+    if defaults.loss != "cross_entropy":
+        lacks.append(f"no loss {defaults.loss}; use cross_entropy")
+    if defaults.label_smoothing:
+        lacks.append(f"no label_smoothing, got {defaults.label_smoothing}; leave it out")
+    return [f"{ENGINE} has {text}, or use the engine onnxruntime" for text in lacks]
 
 
 def _restart_name_counter() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
 from lorac_exporters.plan import BIASES, SMALL_LAYERS, LoraConfig
 from lorac_runtime.delta import LAYOUTS, RANK_MODES
+from lorac_runtime.manifest import LOSSES, OPTIMIZERS, TrainingDefaults
 
 _NAMES = {"bn_policy": "bn"}  # field -> option, where it is not the field's name
 
@@ -33,6 +34,16 @@ def names(text: str) -> tuple[str, ...]:
     ('cat', 'dog')
     """
     return tuple(part.strip() for part in text.split(","))
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Two numbers.
+
+    >>> pair("0.9,0.99")
+    (0.9, 0.99)
+    """
+    first, second = (float(part) for part in text.split(","))
+    return first, second
 
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
@@ -78,6 +89,20 @@ def add_lora_options(p: argparse.ArgumentParser) -> None:
         choices=SMALL_LAYERS,
         help=f"layers whose adapter would not be smaller than the weight (default: {default.small_layers})",
     )
+    g.add_argument(
+        "--freeze-a",
+        action="store_const",
+        const=True,
+        help="lora_a keeps its random start, only lora_b trains: about half of the parameters "
+        f"(default: {'yes' if default.freeze_a else 'no'})",
+    )
+    g.add_argument(
+        "--blocks",
+        type=names,
+        metavar="NAME[,NAME...]",
+        help="with --method full too: train only these layers and those below them, such as layer4, besides the head "
+        "(default: all)",
+    )
 
 
 def lora_config(args: argparse.Namespace, seed: int) -> LoraConfig:
@@ -89,6 +114,53 @@ def lora_given(args: argparse.Namespace) -> dict[str, Any]:
     """The LoRA-C options that were given, by field."""
     fields = [f.name for f in dataclasses.fields(LoraConfig) if f.name != "seed"]
     return _stated({name: getattr(args, name) for name in fields})
+
+
+def idle_lora_options(method: str, args: argparse.Namespace) -> list[str]:
+    """The LoRA-C options given that change nothing under ``method``, by field."""
+    applying = {"lora-c": set(lora_given(args)), "full": {"blocks"}}
+    return [name for name in lora_given(args) if name not in applying.get(method, set())]
+
+
+def add_device_options(p: argparse.ArgumentParser) -> None:
+    """An option for each field of `TrainingDefaults`: how a device trains (see `device_defaults`)."""
+    _add_schedule_options(p)
+    _add_step_options(p)
+
+
+def device_defaults(args: argparse.Namespace) -> TrainingDefaults:
+    """The settings of the device's training. Their ranges are checked where the artifact is made."""
+    return TrainingDefaults(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainingDefaults)})
+
+
+def _add_schedule_options(p: argparse.ArgumentParser) -> None:
+    t = TrainingDefaults()
+    g = p.add_argument_group("defaults of the device's training (the device may override them)")
+    g.add_argument("--lr", type=float, default=t.lr, help="peak learning rate (default: %(default)s)")
+    g.add_argument("--epochs", type=int, default=t.epochs, help="default: %(default)s")
+    g.add_argument("--batch-size", type=int, default=t.batch_size, help="default: %(default)s")
+    g.add_argument("--warmup", type=float, default=t.warmup, help="share of all steps (default: %(default)s)")
+
+
+def _add_step_options(p: argparse.ArgumentParser) -> None:
+    t = TrainingDefaults()
+    g = p.add_argument_group("a training step (fixed in the artifact's graphs)")
+    g.add_argument("--loss", choices=LOSSES, default=t.loss, help="default: %(default)s")
+    g.add_argument(
+        "--label-smoothing", type=float, default=t.label_smoothing, help="of cross_entropy (default: %(default)s)"
+    )
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default=t.optimizer, help="default: %(default)s")
+    g.add_argument("--weight-decay", type=float, default=t.weight_decay, help="default: %(default)s")
+    g.add_argument(
+        "--clip-norm", type=float, default=t.clip_norm, help="gradient norm, 0 for none (default: %(default)s)"
+    )
+    g.add_argument("--momentum", type=float, default=t.momentum, help="of sgd (default: %(default)s)")
+    g.add_argument("--dampening", type=float, default=t.dampening, help="of sgd's momentum (default: %(default)s)")
+    g.add_argument("--nesterov", action="store_true", help="Nesterov's form of sgd's momentum")
+    betas = ",".join(map(str, t.betas))
+    g.add_argument("--betas", type=pair, default=t.betas, metavar="B1,B2", help=f"of adamw (default: {betas})")
+    g.add_argument("--eps", type=float, default=t.eps, help="of adamw (default: %(default)s)")
+    g.add_argument("--amsgrad", action="store_true", help="adamw divides by the largest mean square so far")
 
 
 def _stated(values: Mapping[str, Any]) -> dict[str, Any]:

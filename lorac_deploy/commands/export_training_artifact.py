@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,13 +10,23 @@ from rich.console import Console
 from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
-from lorac_deploy.commands._options import add_lora_options, lora_config, lora_given, names, sizes
+from lorac_deploy.commands._options import (
+    add_device_options,
+    add_lora_options,
+    device_defaults,
+    idle_lora_options,
+    lora_config,
+    names,
+    sizes,
+)
 from lorac_exporters.artifact import ArtifactConfig, ExportReport
+from lorac_exporters.branches import FORM_CHOICES
+from lorac_exporters.engine_files import ENGINE_CHOICES
 from lorac_exporters.plan import METHODS
-from lorac_exporters.training_ort import OPTIMIZERS
-from lorac_runtime.manifest import BN_POLICIES, TrainingDefaults
+from lorac_runtime.expected import fixed_tensors
+from lorac_runtime.manifest import BN_POLICIES
 
-TRAINING, ARTIFACT = TrainingDefaults(), ArtifactConfig()
+ARTIFACT = ArtifactConfig()
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -46,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list-changes", action="store_true", help="list everything that base.onnx does otherwise")
     _add_onnx_options(p)
     _add_method_options(p)
-    _add_training_options(p)
+    _add_engine_options(p)
+    add_device_options(p)
     return p
 
 
@@ -79,17 +89,21 @@ def _add_method_options(p: argparse.ArgumentParser) -> None:
     add_lora_options(p)
 
 
-def _add_training_options(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("defaults of the device's training (the device may override all but the first three)")
-    g.add_argument("--optimizer", choices=OPTIMIZERS, default=TRAINING.optimizer, help="default: %(default)s")
-    g.add_argument("--weight-decay", type=float, default=TRAINING.weight_decay, help="default: %(default)s")
+def _add_engine_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("what trains it on the device")
     g.add_argument(
-        "--clip-norm", type=float, default=TRAINING.clip_norm, help="gradient norm, 0 for none (default: %(default)s)"
+        "--engine",
+        choices=ENGINE_CHOICES,
+        default=ARTIFACT.engine,
+        help="onnxruntime runs everywhere; auto takes it wherever it can train the model (default: %(default)s)",
     )
-    g.add_argument("--lr", type=float, default=TRAINING.lr, help="peak learning rate (default: %(default)s)")
-    g.add_argument("--epochs", type=int, default=TRAINING.epochs, help="default: %(default)s")
-    g.add_argument("--batch-size", type=int, default=TRAINING.batch_size, help="default: %(default)s")
-    g.add_argument("--warmup", type=float, default=TRAINING.warmup, help="share of all steps (default: %(default)s)")
+    g.add_argument(
+        "--form",
+        choices=FORM_CHOICES,
+        default=ARTIFACT.form,
+        help="how onnxruntime computes adapters: as thin branches, by updating weights, or by layer as costs less "
+        "(default: %(default)s)",
+    )
 
 
 @guarded
@@ -114,16 +128,22 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
     given = [n for n in ("num_classes", "class_names", "mean", "std", "scale", "size") if getattr(args, n) is not None]
     if args.checkpoint is not None and given:
         p.error(f"--{given[0].replace('_', '-')} describes an ONNX file; a checkpoint says it itself")
-    idle = [name for name in lora_given(args) if args.method != "lora-c"]
+    idle = idle_lora_options(args.method, args)
     if idle:
-        p.error(f"--{idle[0].replace('_', '-')} applies to --method lora-c only, not to {args.method}")
+        methods = "lora-c and full" if idle[0] == "blocks" else "lora-c"
+        p.error(f"--{idle[0].replace('_', '-')} applies to --method {methods} only, not to {args.method}")
 
 
 def _config(args: argparse.Namespace) -> ArtifactConfig:
     lora = lora_config(args, args.seed)
-    stated = [f.name for f in dataclasses.fields(TrainingDefaults) if hasattr(args, f.name)]
-    training = TrainingDefaults(**{name: getattr(args, name) for name in stated})
-    return ArtifactConfig(lora=lora, method=args.method, bn_policy=args.bn, training=training)
+    return ArtifactConfig(
+        lora=lora,
+        method=args.method,
+        bn_policy=args.bn,
+        engine=args.engine,
+        form=args.form,
+        training=device_defaults(args),
+    )
 
 
 def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Callable[[str], None]) -> ExportReport:
@@ -158,7 +178,8 @@ def _show(report: ExportReport, *, list_changes: bool) -> None:
     table = Table(show_header=False, title=f"training artifact {report.folder}")
     table.add_row("model", f"{manifest.model}, {manifest.model_parameters:,} parameters")
     table.add_row("trains", f"{manifest.trained_parameters:,} parameters ({share:.2%})")
-    table.add_row("method", f"{manifest.method}, {len(manifest.adapters)} adapters, BN {manifest.bn_policy}")
+    fixed = " (lora_a frozen)" if fixed_tensors(manifest.adapters, manifest.trainables) else ""
+    table.add_row("method", f"{manifest.method}, {len(manifest.adapters)} adapters{fixed}, BN {manifest.bn_policy}")
     table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
     table.add_row("files", f"{size:.1f} MB in all, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB")
     table.add_row("base.onnx", f"{len(report.changes)} differences from the model given{changes}")

@@ -17,8 +17,8 @@ from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
     add_lora_options,
     add_training_options,
+    idle_lora_options,
     lora_config,
-    lora_given,
     names,
     sizes,
     training_config,
@@ -119,8 +119,8 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
         p.error(f"--method {args.method} fine-tunes a trained network: give --base or --weights")
     if not args.data.startswith("cifar"):
         _refuse(p, args, ("data_root", "download"), "goes with cifar10 and cifar100")
-    if args.method != "lora-c":
-        _refuse(p, args, tuple(lora_given(args)), "goes with --method lora-c")
+    for name in idle_lora_options(args.method, args):
+        _refuse(p, args, (name,), "goes with --method lora-c" + (" or full" if name == "blocks" else ""))
 
 
 def _refuse(p: argparse.ArgumentParser, args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:

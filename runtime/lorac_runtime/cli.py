@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument(name, action="store_true", help=text)
         else:
             kind = next(iter(get_args(hints[field.name])), hints[field.name])
-            made.add_argument(name, type=kind, default=field.default, help=text)
+            made.add_argument(name, type=kind, default=field.default, help=text, choices=field.metadata["choices"])
     made.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     made.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
     return made
@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _out_of_memory(err: MemoryError) -> str:
     reason = f" ({err})" if str(err) else ""
-    return f"not enough memory{reason}. Try a smaller --batch-size; a step's memory grows with it"
+    return (
+        f"not enough memory{reason}. Try a smaller --batch-size, or with the engine onnxruntime a --micro-batch: a "
+        "step's memory grows with it"
+    )
 
 
 def _how_to_go_on(out: Path, config: FinetuneConfig) -> str:

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
+from lorac_runtime.engines import AUTO, MODULES
 from lorac_runtime.manifest import TrainingDefaults
 
+ENGINES = (AUTO, *MODULES)
 
-def _option(default: Any, text: str) -> Any:
-    """A field whose help text the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": text})
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field whose help text and choices the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +37,25 @@ class FinetuneConfig:
         0.2, "share of the images held out, by class, for the accuracies before and after (default: %(default)s)"
     )
     seed: int = _option(0, "seed of the split and of the order of images (default: %(default)s)")
+    engine: str = _option(
+        AUTO,
+        "what trains; auto takes onnxruntime where the artifact has its files and the package is installed, else "
+        "onnxruntime-training (default: %(default)s)",
+        ENGINES,
+    )
+    micro_batch: int | None = _option(
+        None,
+        "compute a step in pieces of so many images, in less memory and with the same result; engine onnxruntime, not "
+        "with BN policy batch (default: all images at once)",
+    )
     threads: int | None = _option(None, "threads of the engine (default: its own choice)")
     restart: bool = _option(False, "begin anew, whatever a finished or unfinished run left in the output folder")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "threads"):
+        for name in ("epochs", "batch_size", "micro_batch", "threads"):
             _check(name, getattr(self, name), least=1)
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         _check("seed", self.seed, least=0)
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive, got {self.lr}")

@@ -11,6 +11,8 @@ from lorac_runtime.delta import Layout
 
 BnPolicy = Literal["frozen", "batch", "recalibrate"]
 BN_POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch", "recalibrate")
+OPTIMIZERS = ("adamw", "sgd")
+LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "entropy")
 ROLES = ("lora_a", "lora_b", "alpha", "weight", "bias", "bn_weight", "bn_bias")
 
 
@@ -119,7 +121,10 @@ class TrainingDefaults:
     """Defaults of the device's fine-tuning, chosen so that no tuning is needed (docs/decisions).
 
     ``lr`` is the peak of a linear warm-up over ``warmup`` (fraction of all steps) followed by a cosine decay
-    to zero; gradients are clipped to the norm ``clip_norm`` inside the optimizer graph.
+    to zero; gradients are clipped to the norm ``clip_norm`` inside the optimizer graph (0: no limit).
+
+    ``optimizer`` is one of `OPTIMIZERS`, ``loss`` one of `LOSSES`. Of the other fields, named and meant as in
+    torch.optim, ``momentum``, ``dampening`` and ``nesterov`` are sgd's, ``betas``, ``eps`` and ``amsgrad`` adamw's.
     """
 
     optimizer: str = "adamw"
@@ -130,6 +135,13 @@ class TrainingDefaults:
     epochs: int = 10
     warmup: float = 0.3
     loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

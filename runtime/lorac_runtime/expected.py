@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lorac_runtime.delta import adapter_shapes
 from lorac_runtime.errors import ArtifactError
-from lorac_runtime.manifest import BASE, BatchNorm, Manifest
+from lorac_runtime.manifest import BASE, Adapter, BatchNorm, Manifest, Trainable
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -36,6 +36,15 @@ def adapter_problems(manifest: Manifest, tensors: Tensors, metadata: Mapping[str
     return _metadata_problems(manifest, metadata) + _tensor_problems(manifest, tensors, required, optional)
 
 
+def fixed_tensors(adapters: Iterable[Adapter], trainables: Iterable[Trainable]) -> Shapes:
+    """Tensors of adapters that no training step changes (a frozen ``lora_a``), with their shapes.
+
+    They belong to an adapter all the same: without them there is no delta.
+    """
+    trained = {t.name for t in trainables}
+    return {n: s for adapter in adapters for n, s in _adapter_shapes(adapter).items() if n not in trained}
+
+
 def missing_batchnorm(manifest: Manifest, tensors: Tensors) -> list[str]:
     """Names that batchnorm.safetensors should hold for this artifact and ``tensors`` lack.
 
@@ -56,14 +65,18 @@ def _expected(manifest: Manifest) -> tuple[Shapes, Shapes]:
     required: Shapes = {t.name: t.shape for t in manifest.trainables}
     optional: Shapes = {}
     for adapter in manifest.adapters:
-        required[adapter.lora_a], required[adapter.lora_b] = adapter_shapes(adapter.weight_shape, adapter.rank)
-        if adapter.lora_alpha is not None:
-            required[adapter.lora_alpha] = (1,)
+        required |= _adapter_shapes(adapter)
     if manifest.bn_policy != "frozen":
         for bn, channels in _channels(manifest):
             required[bn.running_mean] = required[bn.running_var] = (channels,)
             optional[bn.weight] = optional[bn.bias] = (channels,)
     return required, {name: shape for name, shape in optional.items() if name not in required}
+
+
+def _adapter_shapes(adapter: Adapter) -> Shapes:
+    shape_a, shape_b = adapter_shapes(adapter.weight_shape, adapter.rank)
+    alpha: Shapes = {} if adapter.lora_alpha is None else {adapter.lora_alpha: (1,)}
+    return {adapter.lora_a: shape_a, adapter.lora_b: shape_b, **alpha}
 
 
 def _channels(manifest: Manifest) -> list[tuple[BatchNorm, int]]:

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 from lorac_runtime.description import (
     BN_POLICIES,
+    LOSSES,
+    OPTIMIZERS,
     ROLES,
     Adapter,
     BatchNorm,
@@ -37,6 +39,8 @@ __all__ = [
     "BATCHNORM",
     "BN_POLICIES",
     "FILE_NAME",
+    "LOSSES",
+    "OPTIMIZERS",
     "ROLES",
     "SCHEMA_VERSION",
     "Adapter",

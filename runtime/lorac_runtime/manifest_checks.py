@@ -7,6 +7,8 @@ import math
 from lorac_runtime.delta import LAYOUTS, adapter_shapes
 from lorac_runtime.description import (
     BN_POLICIES,
+    LOSSES,
+    OPTIMIZERS,
     ROLES,
     Adapter,
     FileEntry,
@@ -17,6 +19,7 @@ from lorac_runtime.description import (
 )
 
 BASE = "base.onnx"
+_OPTIONS_OF = {"adamw": ("betas", "eps", "amsgrad"), "sgd": ("momentum", "dampening", "nesterov")}
 
 
 def contradictions(m: Manifest) -> list[str]:
@@ -65,7 +68,8 @@ def _adapter_problems(a: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[st
     for name, shape in ((a.lora_a, shape_a), (a.lora_b, shape_b)):
         if name in shapes and shapes[name] != shape:
             problems.append(f"{where}: {name} has shape {shapes[name]}, expected {shape}")
-    return problems
+    still = [name for name in (a.lora_b, a.lora_alpha) if name is not None and name not in shapes]
+    return problems + [f"{where}: {name} is not among the trainables" for name in still]
 
 
 def _patch_problems(p: Patch, files: dict[str, FileEntry]) -> list[str]:
@@ -94,17 +98,51 @@ def _input_problems(spec: InputSpec) -> list[str]:
 
 
 def training_problems(t: TrainingDefaults) -> list[str]:
-    """What is out of range in training settings, a line each.
+    """What is out of range in training settings, or would have no effect, a line each.
 
-    >>> training_problems(TrainingDefaults(epochs=0))
-    ['epochs: must be at least 1, got 0']
+    >>> training_problems(TrainingDefaults(epochs=0, momentum=0.9))
+    ['epochs: must be at least 1, got 0', 'momentum: is an option of sgd, the optimizer is adamw']
     """
-    problems = [f"{n}: must be at least 1, got {v}" for n, v in _counts(t) if v < 1]
-    limits = {"lr": (t.lr, t.lr > 0), "weight_decay": (t.weight_decay, t.weight_decay >= 0)}
-    limits |= {"clip_norm": (t.clip_norm, t.clip_norm >= 0), "warmup": (t.warmup, 0 <= t.warmup <= 1)}
-    wrong = {n: v for n, (v, fits) in limits.items() if not (fits and math.isfinite(v))}
-    return problems + [f"{n}: {v} is out of range" for n, v in wrong.items()]
+    counts = {"epochs": t.epochs, "batch_size": t.batch_size}
+    problems = [f"{name}: must be at least 1, got {count}" for name, count in counts.items() if count < 1]
+    for name, value, fits, expected in _ranges(t):
+        if not (fits and math.isfinite(value)):
+            problems.append(f"{name}: {value} is out of range, expected {expected}")
+    return problems + _optimizer_problems(t) + _loss_problems(t)
 
 
-def _counts(t: TrainingDefaults) -> list[tuple[str, int]]:
-    return [("epochs", t.epochs), ("batch_size", t.batch_size)]
+def _ranges(t: TrainingDefaults) -> list[tuple[str, float, bool, str]]:
+    """Name, value, whether it fits, and what would fit; NaN never does."""
+    least = {n: getattr(t, n) for n in ("weight_decay", "clip_norm", "momentum", "eps")}
+    below_one = {"betas[0]": t.betas[0], "betas[1]": t.betas[1], "label_smoothing": t.label_smoothing}
+    return [
+        ("lr", t.lr, t.lr > 0, "above 0"),
+        ("warmup", t.warmup, 0 <= t.warmup <= 1, "0 to 1"),
+        ("dampening", t.dampening, True, "a finite number"),
+        *((name, value, value >= 0, "0 or more") for name, value in least.items()),
+        *((name, value, 0 <= value < 1, "at least 0 and below 1") for name, value in below_one.items()),
+    ]
+
+
+def _optimizer_problems(t: TrainingDefaults) -> list[str]:
+    """An unknown optimizer, options of the other one, and options that need another: none is ignored."""
+    if t.optimizer not in OPTIMIZERS:
+        return [f"optimizer: {t.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"]
+    default = TrainingDefaults()
+    foreign = [(owner, name) for owner, names in _OPTIONS_OF.items() if owner != t.optimizer for name in names]
+    idle = [(owner, name) for owner, name in foreign if getattr(t, name) != getattr(default, name)]
+    problems = [f"{name}: is an option of {owner}, the optimizer is {t.optimizer}" for owner, name in idle]
+    if t.optimizer == "sgd" and t.dampening and not t.momentum:
+        problems.append("dampening: needs a momentum above 0")
+    if t.optimizer == "sgd" and t.nesterov and (not t.momentum or t.dampening):
+        given = f"got momentum {t.momentum} and dampening {t.dampening}"
+        problems.append(f"nesterov: needs a momentum above 0 and no dampening, {given}")
+    return problems
+
+
+def _loss_problems(t: TrainingDefaults) -> list[str]:
+    if t.loss not in LOSSES:
+        return [f"loss: {t.loss!r} is not one of {', '.join(LOSSES)}"]
+    if t.label_smoothing and t.loss != "cross_entropy":
+        return [f"label_smoothing: needs the loss cross_entropy, got {t.loss}"]
+    return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,17 +24,19 @@ from lorac_runtime.training import History
 
 FOLDER = "checkpoint"
 FILE_NAME = "resume.json"
-SCHEMA = 1
+SCHEMA = 2
 ADVICE = "Begin anew (--restart) or choose another output folder"
 
+log = logging.getLogger(__name__)
 Run = dict[str, str]  # what a run is made of, as text: hashes of artifact, data and adapter, and its settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The content of resume.json; ``files`` lie in the folder of ``history.epoch``."""
+    """The content of resume.json; ``files`` lie in the folder of ``history.epoch``, ``engine`` wrote them."""
 
     schema: int
+    engine: str
     run: dict[str, str]
     history: History
     files: dict[str, FileEntry]
@@ -57,7 +60,7 @@ def save(out: Path, engine: Engine, run: Run, *, history: History) -> None:
     except (OSError, EngineError) as err:
         shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(f"a checkpoint could not be written: {err}. Is there enough space in {out}?") from err
-    content = dataclasses.asdict(Checkpoint(SCHEMA, run, history, files))
+    content = dataclasses.asdict(Checkpoint(SCHEMA, engine.name, run, history, files))
     atomic_write(out / FOLDER / FILE_NAME, json.dumps(content, allow_nan=False).encode())
     for other in (out / FOLDER).glob("epoch-*"):
         if other != folder:
@@ -66,6 +69,8 @@ def save(out: Path, engine: Engine, run: Run, *, history: History) -> None:
 
 def load(out: Path, engine: Engine, run: Run) -> History | None:
     """Set the engine to where the unfinished run in ``out`` stopped; None if there is none.
+
+    Another engine may have written it: the format is the same, and results agree to rounding.
 
     Raises CheckpointError if the run is another one (every difference is listed) or its files are damaged.
     """
@@ -83,6 +88,8 @@ def load(out: Path, engine: Engine, run: Run) -> History | None:
         engine.restore(folder)
     except CheckpointError as err:
         raise CheckpointError(f"{err}. {ADVICE}") from err
+    if checkpoint.engine != engine.name:
+        log.info("the engine %s goes on from a checkpoint of %s", engine.name, checkpoint.engine)
     return checkpoint.history
 
 

@@ -21,7 +21,7 @@ from lorac_runtime import resume
 from lorac_runtime.adapter import AdapterFile, load_adapter, save_adapter, to_manifest_coordinates
 from lorac_runtime.config import FinetuneConfig, Settings
 from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_split
-from lorac_runtime.engines import Engine, open_engine
+from lorac_runtime.engines import AUTO, Engine, open_engine
 from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import FUSED, check_outputs, remove_partial_files
@@ -78,19 +78,22 @@ def finetune(
     ``data`` is an .npz file (``images`` uint8, ``labels``) or a folder with one sub-folder of images per class.
     ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step.
 
-    A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch. Where the
-    same run is finished already, its report is returned and nothing is done. ``config.restart`` begins anew.
+    A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch, with another
+    engine too if ``config.engine`` names one. Where the same run is finished already, its report is returned and
+    nothing is done. ``config.restart`` begins anew.
 
     Raises ArtifactError, OutputError, DataError and AdapterError before any work is done, CheckpointError if ``out``
     holds an unfinished run with other settings, EngineError, DivergenceError; MemoryError where a batch does not fit.
     """
     started, config = time.perf_counter(), config or FinetuneConfig()
     job = _prepared(Path(artifact), Path(data), Path(out), config=config, adapter=adapter)
-    if not config.restart and (finished := _finished(job)) is not None:
+    if not config.restart and (finished := _finished(job, config.engine)) is not None:
         log.info("%s holds this very run, finished; restart (--restart) runs it again", out)
         return finished
     remove_partial_files(job.out, (ADAPTER, FUSED, REPORT))
-    engine = open_engine(job.artifact, job.manifest, threads=config.threads)
+    engine = open_engine(
+        job.artifact, job.manifest, engine=config.engine, threads=config.threads, micro_batch=config.micro_batch
+    )
     history = _resumed_or_begun(engine, job, restart=config.restart)
     started -= history.seconds
     history = _trained(engine, job, history, on_progress=on_progress or _ignore)
@@ -147,14 +150,18 @@ def _identity(artifact: Path, local: LocalData, settings: Settings, adapter: Pat
     }
 
 
-def _finished(job: _Job) -> FinetuneReport | None:
-    """The report of the same run, if ``out`` holds it whole. Raises OutputError if it holds another one."""
+def _finished(job: _Job, engine: str) -> FinetuneReport | None:
+    """The report of the same run, if ``out`` holds it whole. Raises OutputError if it holds another one.
+
+    Engines agree to rounding, so which one ran matters only where one was asked for by name.
+    """
     report = None if resume.exists(job.out) else read_report(job.out)
     if report is None or not all((job.out / name).is_file() for name in (ADAPTER, FUSED)):
         return None
-    if report.run != job.run:
+    wanted = report.engine if engine == AUTO else engine
+    if (before := report.run | {"engine": report.engine}) != (now := job.run | {"engine": wanted}):
         headline = f"{job.out} holds a finished run of another kind. {resume.ADVICE}; what differs:"
-        raise OutputError(listed(headline, resume.differences(report.run, job.run)))
+        raise OutputError(listed(headline, resume.differences(before, now)))
     return report
 
 

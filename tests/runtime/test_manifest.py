@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import ArtifactError
+from lorac_runtime.manifest_checks import training_problems
 
 Path_ = tuple[str | int, ...]
+SGD = {"optimizer": "sgd"}
 
 
 def edited(text: str, path: Path_, value: Any) -> str:
@@ -55,6 +58,7 @@ CONTRADICTIONS: dict[str, tuple[Path_, Any, str]] = {
     "layout": (("adapters", 0, "layout"), "rows", "adapters.conv2.layout: 'rows'"),
     "r": (("adapters", 0, "r"), 0, "adapters.conv2: .* must be positive"),
     "adapter shape": (("adapters", 0, "rank"), 3, r"conv2.lora_a has shape \(4, 8\), expected \(3, 8\)"),
+    "idle adapter": (("trainables", 2, "name"), "x", "conv2.lora_b is not among the trainables"),
     "weight shape": (("adapters", 1, "weight_shape"), [6, 2], "adapters.conv3: weight_shape"),
     "std": (("input", "std"), [1.0, 0.0, 1.0], "scale and std positive"),
     "channels": (("input", "mean"), [0.5], "mean and std need 3 values"),
@@ -69,6 +73,10 @@ CONTRADICTIONS: dict[str, tuple[Path_, Any, str]] = {
     "short permute": (("patches", 6, "permute"), [0], "is not an order of the 2 axes"),
     "engine": (("engines",), {"x": {"files": ["y.onnx"], "version": "1"}}, "engines.x: y.onnx is not in files"),
     "not a number": (("input", "mean"), [0.5, 0.5, float("nan")], r"input.mean\[2\]: expected a finite number"),
+    "optimizer": (("training", "optimizer"), "lion", "training.optimizer: 'lion' is not one of adamw, sgd"),
+    "loss": (("training", "loss"), "hinge", "training.loss: 'hinge' is not one of cross_entropy, mse"),
+    "betas": (("training", "betas"), [0.9], r"training.betas: expected 2 entries, got 1"),
+    "idle option": (("training", "momentum"), 0.9, "training.momentum: is an option of sgd, the optimizer is adamw"),
     "version": (("schema_version",), 99, "schema_version 99, this runtime reads 1"),
     "version type": (("schema_version",), "1", "schema_version '1'"),
     "unknown key": (("colour",), "red", "colour: unknown key"),
@@ -107,6 +115,85 @@ def test_several_contradictions_come_in_one_message(small: Callable[..., Any]) -
     with pytest.raises(ArtifactError) as caught:
         mf.parse(text)
     assert str(caught.value).count("\n  - ") == 4
+
+
+RANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "lr": ({"lr": 0.0}, ["lr: 0.0 is out of range, expected above 0"]),
+    "epochs": ({"epochs": 0}, ["epochs: must be at least 1, got 0"]),
+    "batch size": ({"batch_size": 0}, ["batch_size: must be at least 1, got 0"]),
+    "warmup": ({"warmup": 1.1}, ["warmup: 1.1 is out of range, expected 0 to 1"]),
+    "decay": ({"weight_decay": -0.1}, ["weight_decay: -0.1 is out of range, expected 0 or more"]),
+    "clip": ({"clip_norm": math.inf}, ["clip_norm: inf is out of range, expected 0 or more"]),
+    "momentum": ({"momentum": -0.1} | SGD, ["momentum: -0.1 is out of range, expected 0 or more"]),
+    "dampening": (
+        {"momentum": 0.9, "dampening": math.nan} | SGD,
+        ["dampening: nan is out of range, expected a finite number"],
+    ),
+    "eps": ({"eps": -1e-8}, ["eps: -1e-08 is out of range, expected 0 or more"]),
+    "beta1": ({"betas": (1.0, 0.9)}, ["betas[0]: 1.0 is out of range, expected at least 0 and below 1"]),
+    "beta2": ({"betas": (0.9, -0.1)}, ["betas[1]: -0.1 is out of range, expected at least 0 and below 1"]),
+    "smoothing": ({"label_smoothing": 1.0}, ["label_smoothing: 1.0 is out of range, expected at least 0 and below 1"]),
+    "other loss": (
+        {"label_smoothing": 0.1, "loss": "mse"},
+        ["label_smoothing: needs the loss cross_entropy, got mse"],
+    ),
+    "unknown": (
+        {"optimizer": "lion", "loss": "hinge", "momentum": 0.9},
+        [
+            "optimizer: 'lion' is not one of adamw, sgd",
+            "loss: 'hinge' is not one of cross_entropy, mse, binary_cross_entropy, entropy",
+        ],
+    ),
+    "of sgd": (
+        {"momentum": 0.9, "dampening": 0.1, "nesterov": True},
+        [f"{n}: is an option of sgd, the optimizer is adamw" for n in ("momentum", "dampening", "nesterov")],
+    ),
+    "of adamw": (
+        {"betas": (0.8, 0.9), "eps": 1e-7, "amsgrad": True} | SGD,
+        [f"{n}: is an option of adamw, the optimizer is sgd" for n in ("betas", "eps", "amsgrad")],
+    ),
+    "dampening alone": ({"dampening": 0.1} | SGD, ["dampening: needs a momentum above 0"]),
+    "nesterov alone": (
+        {"nesterov": True} | SGD,
+        ["nesterov: needs a momentum above 0 and no dampening, got momentum 0.0 and dampening 0.0"],
+    ),
+    "nesterov damped": (
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1} | SGD,
+        ["nesterov: needs a momentum above 0 and no dampening, got momentum 0.9 and dampening 0.1"],
+    ),
+    "several": (
+        {"lr": -1.0, "eps": math.nan},
+        [
+            "lr: -1.0 is out of range, expected above 0",
+            "eps: nan is out of range, expected 0 or more",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_training_settings_that_are_out_of_range_or_idle_are_named(case: str) -> None:
+    changes, problems = RANGES[case]
+    assert training_problems(mf.TrainingDefaults(**changes)) == problems
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"betas": (0.0, 0.0), "eps": 0.0, "amsgrad": True, "label_smoothing": 0.5, "clip_norm": 0.0},
+        {"momentum": 1.5, "dampening": -1.0} | SGD,
+        {"momentum": 0.9, "nesterov": True, "loss": "entropy"} | SGD,
+    ],
+)
+def test_training_settings_at_their_limits_are_accepted(changes: dict[str, Any]) -> None:
+    assert training_problems(mf.TrainingDefaults(**changes)) == []
+
+
+def test_training_settings_that_a_manifest_leaves_out_have_their_defaults(small: Callable[..., Any]) -> None:
+    tree = json.loads(small().manifest.to_json())
+    tree["training"] = {"lr": 0.5}
+    assert mf.parse(json.dumps(tree)).training == mf.TrainingDefaults(lr=0.5)
 
 
 @given(cut=st.floats(0, 1, exclude_max=True))

@@ -6,23 +6,23 @@ clipped: the library adds up their common norm in an order that differs between 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from lorac_runtime.engines import statistics, wheel
+from lorac_runtime.engines import training_state as ts
+from lorac_runtime.engines.folded import FoldedBatchnorm, batchnorm_names
+from lorac_runtime.engines.native import session_options, translated
+from lorac_runtime.engines.native_checkpoint import NativeCheckpoint
 from lorac_runtime.errors import CheckpointError, EngineError, listed
+from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import Manifest
-from lorac_runtime.patch import base_weights, batchnorm_tensors, fused_weights
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -30,13 +30,21 @@ Labels = npt.NDArray[np.int64]
 
 NAME = "onnxruntime-training"
 CHECKPOINT = "checkpoint"
-BN_FILE = "batchnorm.safetensors"  # beside a saved checkpoint, under BN policy `recalibrate`
-WHERE_IN_THE_LIBRARY = re.compile(r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", re.DOTALL)
-OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "bad allocation")
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}  # what "momentum0", "momentum1" of the native file mean
 
 
-def open(folder: Path, manifest: Manifest, *, threads: int | None) -> OnnxRuntimeTraining:
+def require() -> None:
+    """Raise EngineError if the package that this engine needs is missing."""
+    wheel.load()
+
+
+def open(folder: Path, manifest: Manifest, *, threads: int | None, micro_batch: int | None) -> OnnxRuntimeTraining:
     """Open the artifact in ``folder``; see `lorac_runtime.engines.open_engine`."""
+    if micro_batch is not None:
+        raise EngineError(
+            f"the engine {NAME} has no micro-batches: leave --micro-batch out, or use the engine onnxruntime "
+            f"with an artifact that has its files (this one has {', '.join(manifest.engines)})"
+        )
     return OnnxRuntimeTraining(folder, manifest, threads=threads)
 
 
@@ -49,17 +57,17 @@ class OnnxRuntimeTraining:
         self._wheel = wheel.load()
         self.version = self._wheel.version
         self._folder, self._manifest = folder, manifest
-        self._options = _session_options(self._wheel.ort, threads)
+        self._options = session_options(self._wheel.ort, threads)
         self._trained = [t.name for t in manifest.trainables]
-        # Under `batch` the graph holds BN itself. Under `recalibrate` it was folded; its tensors are kept here.
-        self._batchnorm = _folded_batchnorm(folder, manifest)
+        # Under `batch` the graph holds BN itself. Under `recalibrate` it was folded; its tensors are kept there.
+        self._batchnorm = FoldedBatchnorm(folder, manifest)
         self._open(folder / CHECKPOINT)
 
     def _open(self, checkpoint: Path) -> None:
         api, folder = self._wheel.api, self._folder
-        with _translated(f"open {checkpoint}"):
+        with translated(NAME, f"open {checkpoint}"):
             self._state = api.CheckpointState.load_checkpoint(checkpoint)
-        with _translated(f"open the training files of {folder}"):
+        with translated(NAME, f"open the training files of {folder}"):
             self._module = api.Module(
                 folder / "training_model.onnx",
                 self._state,
@@ -82,6 +90,8 @@ class OnnxRuntimeTraining:
         inputs, expected = self._module.input_names(), [manifest.input.name, "labels"]
         if inputs != expected:
             problems.append(f"its inputs are {inputs}, expected {expected}")
+        if manifest.training.optimizer not in SLOTS:
+            problems.append(f"its optimizer is {manifest.training.optimizer!r}, expected {' or '.join(SLOTS)}")
         if problems:
             raise EngineError(listed(f"the training files of {self._folder} do not fit its manifest:", problems))
 
@@ -90,7 +100,7 @@ class OnnxRuntimeTraining:
         batchnorms = self._manifest.batchnorms if self._manifest.bn_policy == "batch" else ()
         counts = [statistics.samples(bn, len(images)) for bn in batchnorms]
         before = [self._get(bn.running_var) for bn in batchnorms]
-        with _translated("train"):
+        with translated(NAME, "train"):
             self._optimizer.set_learning_rate(lr)
             self._module.train()
             loss = float(self._module(np.ascontiguousarray(images), labels)[0])
@@ -100,141 +110,119 @@ class OnnxRuntimeTraining:
         for bn, old, count in zip(batchnorms, before, counts, strict=True):
             moved = self._get(bn.running_var)  # by the biased variance, unlike PyTorch's
             value = statistics.unbiased_running_var(old, moved, momentum=bn.momentum, count=count)
-            self._set(bn.running_var, value)
+            self._set({bn.running_var: value})
         return loss
 
     def eval_step(self, images: Array, labels: Labels) -> tuple[float, Floats]:
         """See `Engine.eval_step`."""
-        with _translated("evaluate"):
+        with translated(NAME, "evaluate"):
             self._module.eval()
             loss, logits = self._module(np.ascontiguousarray(images), labels)
         return float(loss), logits
 
     def state(self) -> dict[str, Floats]:
         """See `Engine.state`."""
-        kept = {n: v.copy() for n, v in self._batchnorm.items()}
+        kept = {n: v.copy() for n, v in self._batchnorm.tensors.items()}
         return kept | {n: self._get(n) for n in self._held()}
 
     def _held(self) -> list[str]:
         """Names of the state that lie in the native checkpoint."""
-        if self._manifest.bn_policy != "batch":
-            return self._trained
-        return list(dict.fromkeys([*self._trained, *_settable(self._manifest)]))
+        manifest = self._manifest
+        norms = batchnorm_names(manifest) if manifest.bn_policy == "batch" else []
+        return list(dict.fromkeys([*self._trained, *fixed_tensors(manifest.adapters, manifest.trainables), *norms]))
 
     def load_state(self, tensors: Mapping[str, Array]) -> None:
         """See `Engine.load_state`."""
-        shapes = {n: v.shape for n, v in self.state().items()}
-        problems = [f"{n} is missing" for n in self._trained if n not in tensors]
-        problems += [f"{n} is unknown" for n in tensors if n not in shapes]
-        different = [n for n in tensors if n in shapes and tensors[n].shape != shapes[n]]
-        problems += [f"{n} has shape {tensors[n].shape}, expected {shapes[n]}" for n in different]
-        if problems:
-            raise ValueError(listed("not a state of this model:", problems))
-        values = {n: v.astype(np.float32) for n, v in tensors.items()}
-        self._change_batchnorm({n: values.pop(n, v) for n, v in self._batchnorm.items()})
-        for name, value in values.items():
-            self._set(name, value)
+        values = ts.checked_tensors(tensors, self.state(), needed=self._trained, fixed={})
+        self._change_batchnorm({n: values.pop(n, v) for n, v in self._batchnorm.tensors.items()})
+        self._set(values)
 
     def recalibrate(self, batches: Iterable[Array]) -> None:
         """See `Engine.recalibrate`."""
-        manifest, old = self._manifest, self._batchnorm
-        if manifest.bn_policy != "recalibrate":
-            raise ValueError(f"the artifact's BN policy is {manifest.bn_policy!r}, not 'recalibrate'")
-        found = self._batch_statistics(batches)
-        new = old | statistics.cumulative_average(manifest.batchnorms, found)
-        trained = {n: self._get(n) for n in self._trained}
+        new = self._batchnorm.estimated(self._wheel.ort, self._options, batches, engine=NAME)
+        moved = self._batchnorm.moved(new, {n: self._get(n) for n in self._trained})
         self._change_batchnorm(new)
-        for bn in manifest.batchnorms:
-            for name, value in statistics.moved_trained(manifest, bn, trained, old=old, new=new).items():
-                self._set(name, value)
-
-    def _batch_statistics(self, batches: Iterable[Array]) -> Iterator[tuple[int, dict[str, Array]]]:
-        path = self._folder / "stats_model.onnx"
-        with _translated(f"open {path}"):
-            session = self._wheel.ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        for images in batches:
-            with _translated("estimate BN statistics"):
-                values = session.run(None, {self._manifest.input.name: images})
-            yield len(images), dict(zip(names, values, strict=True))
+        self._set(moved)
 
     def _change_batchnorm(self, new: dict[str, Floats]) -> None:
         """Fold the base with other BN tensors; trained tensors stay as they are."""
-        if all(np.array_equal(v, new[n]) for n, v in self._batchnorm.items()):
-            return
-        plain = dataclasses.replace(self._manifest, adapters=(), trainables=())
-        base = base_weights(self._folder, self._manifest)
-        folded = fused_weights(plain, base, new, batchnorm_tensors(self._folder, self._manifest))
-        for name in folded.keys() - set(self._trained):
-            self._set(name, folded[name])
-        self._batchnorm = new
+        self._set(self._batchnorm.change(new))
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
-        with _translated(f"write {folder / CHECKPOINT}"):
-            self._wheel.api.CheckpointState.save_checkpoint(
-                self._state, folder / CHECKPOINT, include_optimizer_state=True
-            )
-        if self._batchnorm:
-            save_file(self._batchnorm, folder / BN_FILE)
+        native = self._native(folder)
+        slots = SLOTS[self._manifest.training.optimizer]
+        memory = {slot: {n: native.moments[n][f"momentum{i}"] for n in self._trained} for i, slot in enumerate(slots)}
+        ts.write(folder, ts.TrainingState(self.state(), memory, _steps(native)))
 
     def restore(self, folder: Path) -> None:
         """See `Engine.restore`."""
+        state = ts.read(folder)
+        shapes = {t.name: t.shape for t in self._manifest.trainables}
+        ts.check_memory(state, SLOTS[self._manifest.training.optimizer], shapes)
         try:
-            if self._batchnorm:
-                self._batchnorm = load_file(folder / BN_FILE)
-            self._open(folder / CHECKPOINT)
-        except (EngineError, OSError, SafetensorError) as err:
-            raise CheckpointError(f"{folder} cannot be read: {err}") from err
+            if self._native(folder).steps is None:
+                self._make_a_step()  # the file has no place for the number of steps before the first one
+            self.load_state(state.parameters)
+            native = self._native(folder)
+            _overwrite(native, state)
+            self._open_content(folder, native.content)
+        except (EngineError, ValueError) as err:
+            raise CheckpointError(f"{folder} cannot be restored: {err}") from err
+
+    def _native(self, folder: Path) -> NativeCheckpoint:
+        """The library's own checkpoint of the state as it is, by way of a file in ``folder`` that is removed again."""
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path = Path(scratch) / CHECKPOINT
+            with translated(NAME, f"write {path}"):
+                self._wheel.api.CheckpointState.save_checkpoint(self._state, path, include_optimizer_state=True)
+            return NativeCheckpoint(bytearray(path.read_bytes()))
+
+    def _open_content(self, folder: Path, content: bytearray) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path = Path(scratch) / CHECKPOINT
+            path.write_bytes(content)
+            self._open(path)
+
+    def _make_a_step(self) -> None:
+        """A step on blank images whose outcome does not matter."""
+        spec = self._manifest.input
+        channels, height, width = spec.shape
+        blank = np.zeros((2, height, width, channels), np.uint8) if spec.in_graph else np.zeros((2, *spec.shape))
+        with translated(NAME, "make a step"):
+            self._module.train()
+            self._module(blank.astype(np.uint8 if spec.in_graph else np.float32), np.zeros(2, np.int64))
+            self._optimizer.step()
+            self._module.lazy_reset_grad()
 
     def _get(self, name: str) -> Floats:
         value: Floats = self._state.parameters[name].data.copy()
         return value
 
-    def _set(self, name: str, value: Floats) -> None:
-        with _translated(f"set {name}"):
-            self._state.parameters[name] = np.ascontiguousarray(value)
-
-
-def _session_options(ort: Any, threads: int | None) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = wheel.FATAL
-    options.intra_op_num_threads = threads or 0
-    # Three sessions with a thread pool each: threads that spin while another session works slow it down.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def _folded_batchnorm(folder: Path, manifest: Manifest) -> dict[str, Floats]:
-    if manifest.bn_policy != "recalibrate":
-        return {}
-    trained = {t.name for t in manifest.trainables}
-    tensors = batchnorm_tensors(folder, manifest)
-    return {n: tensors[n] for n in _batchnorm_names(manifest) if n not in trained}
-
-
-def _batchnorm_names(manifest: Manifest) -> list[str]:
-    return [n for bn in manifest.batchnorms for n in (bn.weight, bn.bias, bn.running_mean, bn.running_var)]
+    def _set(self, values: Mapping[str, Floats]) -> None:
+        for name, value in values.items():
+            with translated(NAME, f"set {name}"):
+                self._state.parameters[name] = np.ascontiguousarray(value)
 
 
 def _settable(manifest: Manifest) -> list[str]:
     """Tensors in the native checkpoint that this engine sets although no gradient reaches them."""
+    fixed = list(fixed_tensors(manifest.adapters, manifest.trainables))
     if manifest.bn_policy == "batch":
-        return _batchnorm_names(manifest)
+        return fixed + batchnorm_names(manifest)
     folded = [n for bn in manifest.batchnorms for n in bn.folded_into]
-    return folded if manifest.bn_policy == "recalibrate" else []
+    return fixed + folded if manifest.bn_policy == "recalibrate" else fixed
 
 
-@contextlib.contextmanager
-def _translated(action: str) -> Iterator[None]:
-    """Turn what the native library raises into EngineError, or MemoryError where that is the reason."""
-    try:
-        yield
-    except Exception as err:
-        # The training API raises RuntimeError; the exceptions of InferenceSession share only this module.
-        if not isinstance(err, RuntimeError) and not type(err).__module__.startswith("onnxruntime."):
-            raise
-        text = WHERE_IN_THE_LIBRARY.sub("", str(err)).strip()
-        if any(sign in text.lower() for sign in OUT_OF_MEMORY):
-            raise MemoryError(f"onnxruntime-training could not {action}") from err
-        raise EngineError(f"onnxruntime-training could not {action}: {text}") from err
+def _steps(native: NativeCheckpoint) -> int:
+    return 0 if native.steps is None else int(native.steps[0])
+
+
+def _overwrite(native: NativeCheckpoint, state: ts.TrainingState) -> None:
+    """Put the optimizer's memory of ``state`` into the bytes of a checkpoint that has made a step."""
+    if native.steps is None:
+        raise EngineError("the optimizer does not count its steps")
+    native.steps[0] = state.step
+    for i, values in enumerate(state.memory.values()):
+        for name, value in values.items():
+            native.moments[name][f"momentum{i}"][...] = value

@@ -1,0 +1,192 @@
+"""Low-rank adapters as nodes of a graph that plain onnxruntime trains: thin branches, or updated weights.
+
+``branch`` computes conv(x, W) + conv(conv(x, A), B), both thin: the trunk keeps its constant weight, for which engines
+have their fastest kernels, and no gradient of the whole weight is ever formed. ``weight`` computes conv(x, W + delta).
+Both equal `lorac_runtime.delta` in value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from lorac_exporters.gradients.geometry import Geometry
+from lorac_exporters.gradients.tape import Attributes, Tape, dims
+from lorac_exporters.graph_tools import convolutions, name_of, need, producer
+from lorac_runtime.delta import conv_dims
+from lorac_runtime.errors import ConversionError
+from lorac_runtime.manifest import Adapter
+
+Form = Literal["branch", "weight"]
+FORMS: tuple[Form, ...] = ("branch", "weight")
+FormChoice = Literal["auto", "branch", "weight"]
+FORM_CHOICES: tuple[FormChoice, ...] = ("auto", *FORMS)
+FormOf = Callable[[Adapter, Geometry], Form]
+
+
+def form_of(choice: FormChoice) -> FormOf:
+    """How the form of a layer's adapter is chosen: the one asked for, or the cheaper one.
+
+    >>> form_of("weight")(None, None)
+    'weight'
+    """
+    if choice == "auto":
+        return cheaper_form
+    return lambda adapter, geometry: choice
+
+
+def cheaper_form(adapter: Adapter, g: Geometry) -> Form:
+    """The form that costs less."""
+    return "branch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The tensors of one adapter in the graph: lora_a (rank, c_in/groups * k_w), lora_b (c_out * k_h, rank).
+
+    ``scale`` is alpha / r: a number, or (1,) where alpha trains.
+    """
+
+    a: ir.Value
+    b: ir.Value
+    scale: ir.Value | float
+
+
+def add_adapters(tape: Tape, adapters: Mapping[str, Adapter], factors: Mapping[str, Factors], form: FormOf) -> None:
+    """Give every adapted convolution of the tape's graph its adapter, in place. Keys are names of weights.
+
+    Raises ConversionError if a weight is not that of a convolution.
+    """
+    graph = tape.graph
+    nodes = {name_of(node.inputs[1]): node for node in convolutions(graph)}
+    missing = sorted(adapters.keys() - nodes.keys())
+    if missing:
+        raise ConversionError(f"no convolution of the graph uses {', '.join(missing)}; was the graph changed?")
+    for name, adapter in adapters.items():
+        geometry = Geometry.of(nodes[name])
+        _FORMS[form(adapter, geometry)](tape, nodes[name], geometry, adapter, factors[name])
+    graph.sort()
+
+
+def _add_branch(tape: Tape, conv: ir.Node, g: Geometry, adapter: Adapter, factors: Factors) -> None:
+    y = conv.outputs[0]
+    middle, down, up = _thin_convolutions(tape, g, adapter, factors)
+    hidden = tape.op("Conv", need(conv.inputs[0]), down, attributes=middle.attributes(), shape=middle.shape(y))
+    result = tape.op("Conv", hidden, up, like=y, attributes=middle.rest())
+    total = tape.op("Add", y, result, like=y, name=f"{adapter.layer}.adapted")
+    adder = producer(total)
+    y.replace_all_uses_with(total, replace_graph_outputs=True)
+    adder.replace_input_with(0, y)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """How stride, padding and dilation of a convolution are shared by the two thin ones that stand for it.
+
+    ``first`` marks the axes that the first of them handles.
+    """
+
+    g: Geometry
+    channels: int
+    first: tuple[bool, ...]
+
+    def attributes(self) -> Attributes:
+        """Attributes of the first convolution."""
+        return self._attributes(self.first)
+
+    def rest(self) -> Attributes:
+        """Attributes of the second."""
+        return self._attributes(tuple(not taken for taken in self.first))
+
+    def _attributes(self, taken: tuple[bool, ...]) -> Attributes:
+        def chosen(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
+            return tuple(v if t else neutral for v, t in zip(values, taken, strict=True))
+
+        g = self.g
+        pads = (*chosen(g.begins, 0), *chosen(g.ends, 0))
+        spread = {"strides": chosen(g.strides, 1), "dilations": chosen(g.dilations, 1)}
+        return {**spread, "pads": pads, "group": g.groups}
+
+    def shape(self, y: ir.Value) -> tuple[int | str | None, ...]:
+        """Shape of what lies between the two."""
+        axes = zip(self.first, self.g.out_size, self.g.in_size, strict=True)
+        return (dims(y)[0], self.channels, *(out if taken else whole for taken, out, whole in axes))
+
+
+def _thin_convolutions(
+    tape: Tape, g: Geometry, adapter: Adapter, factors: Factors
+) -> tuple[_Split, ir.Value, ir.Value]:
+    """(how they share the geometry, weight of the first, weight of the second, which is scaled)."""
+    if adapter.layout == "paper" and g.taps > 1:
+        return _paper(tape, g, adapter, factors)
+    return _spatial(tape, g, adapter, factors)
+
+
+def _spatial(tape: Tape, g: Geometry, adapter: Adapter, factors: Factors) -> tuple[_Split, ir.Value, ir.Value]:
+    """A 1 x k_w convolution to ``rank`` channels, then a k_h x 1 one."""
+    c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
+    high = () if g.rank == 1 else (1,)
+    down_shape = (adapter.rank, c_in, *high, k_w)
+    down = tape.op("Reshape", factors.a, tape.ints(*down_shape), shape=down_shape, name=f"{adapter.layer}.down")
+    split_shape = (c_out, k_h, adapter.rank)
+    scaled = _scaled(tape, factors)
+    rows = tape.op("Reshape", scaled, tape.ints(*split_shape), shape=split_shape)
+    turned = tape.op("Transpose", rows, shape=(c_out, adapter.rank, k_h), attributes={"perm": [0, 2, 1]})
+    up_shape = (c_out, adapter.rank, *((k_h, 1) if g.rank == 2 else (1,)))
+    up = tape.op("Reshape", turned, tape.ints(*up_shape), shape=up_shape, name=f"{adapter.layer}.up")
+    first = (True,) * g.rank if k_h == 1 else (False, True)
+    return _Split(g, g.groups * adapter.rank, first), _repeated(tape, down, g.groups), up
+
+
+def _paper(tape: Tape, g: Geometry, adapter: Adapter, factors: Factors) -> tuple[_Split, ir.Value, ir.Value]:
+    """A convolution with the whole kernel to ``k_h * rank`` channels, then a 1 x 1 one.
+
+    The raw reshape puts row u of a block of ``b @ a`` into the u-th of k_h chunks of the flattened kernel, so each
+    row of ``a`` stands in its chunk and zeros elsewhere.
+    """
+    c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
+    chunk, rank = c_in * k_w, adapter.rank
+    rows = tape.op("Reshape", factors.a, tape.ints(1, rank, 1, chunk), shape=(1, rank, 1, chunk))
+    places = tape.constant(np.eye(k_h, dtype=np.float32).reshape(k_h, 1, k_h, 1))
+    spread = tape.op("Mul", rows, places, shape=(k_h, rank, k_h, chunk))
+    down_shape = (k_h * rank, *adapter.weight_shape[1:])
+    down = tape.op("Reshape", spread, tape.ints(*down_shape), shape=down_shape, name=f"{adapter.layer}.down")
+    up_shape = (c_out, k_h * rank, *(1,) * g.rank)
+    scaled = _scaled(tape, factors)
+    up = tape.op("Reshape", scaled, tape.ints(*up_shape), shape=up_shape, name=f"{adapter.layer}.up")
+    return _Split(g, g.groups * k_h * rank, (True,) * g.rank), _repeated(tape, down, g.groups), up
+
+
+def _scaled(tape: Tape, factors: Factors) -> ir.Value:
+    return tape.op("Mul", factors.b, factors.scale, like=factors.b)
+
+
+def _repeated(tape: Tape, weight: ir.Value, groups: int) -> ir.Value:
+    """The same weight once for each group."""
+    if groups == 1:
+        return weight
+    shape = dims(weight)
+    times = tape.ints(groups, *(1,) * (len(shape) - 1))
+    return tape.op("Tile", weight, times, shape=(groups * int(str(shape[0])), *shape[1:]))
+
+
+def _add_to_weight(tape: Tape, conv: ir.Node, _: Geometry, adapter: Adapter, factors: Factors) -> None:
+    c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
+    product = tape.op("MatMul", _scaled(tape, factors), factors.a, shape=(c_out * k_h, c_in * k_w))
+    if adapter.layout == "spatial" and k_h > 1:
+        apart = (c_out, k_h, c_in, k_w)
+        rows = tape.op("Reshape", product, tape.ints(*apart), shape=apart)
+        product = tape.op("Transpose", rows, shape=(c_out, c_in, k_h, k_w), attributes={"perm": [0, 2, 1, 3]})
+    delta = product
+    if adapter.layout == "paper" or k_h == 1:
+        delta = tape.op("Reshape", product, tape.ints(*adapter.weight_shape), shape=adapter.weight_shape)
+    weight = need(conv.inputs[1])
+    total = tape.op("Add", weight, delta, like=weight, name=f"{adapter.layer}.adapted_weight")
+    conv.replace_input_with(1, total)
+
+
+_FORMS = {"branch": _add_branch, "weight": _add_to_weight}

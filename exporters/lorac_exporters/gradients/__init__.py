@@ -1,0 +1,1 @@
+"""Reverse-mode differentiation of ONNX graphs, losses and optimizers, in plain ONNX operators."""

@@ -1,0 +1,215 @@
+"""The artifact of the engine ``onnxruntime``: training, evaluation and optimizer steps as plain ONNX graphs.
+
+A step graph takes images, labels, the learning rate and every tensor that changes under its own name, and gives the
+loss and, for each input ``X`` that carries over, ``X.next``. Weights that do not change stay in base.onnx; the graphs
+name their place in that file. Any onnxruntime from 1.17 on runs them; nothing of a training build is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from lorac_exporters.branches import Factors, FormOf, add_adapters
+from lorac_exporters.external import externalize
+from lorac_exporters.gradients.losses import LOSSES
+from lorac_exporters.gradients.normalization import Statistics, write_out_batchnorm
+from lorac_exporters.gradients.optimizers import append_updates, groups, pack, state_names
+from lorac_exporters.gradients.reverse import differentiate
+from lorac_exporters.gradients.rules import RULES
+from lorac_exporters.gradients.tape import Tape, dims
+from lorac_exporters.graph_tools import name_of, remove_unused, save
+from lorac_exporters.graphs import Graphs
+from lorac_exporters.rewrites import rewrite_for_training
+from lorac_runtime.manifest import BASE, Adapter, TrainingDefaults
+
+Floats = npt.NDArray[np.float32]
+
+ENGINE = "onnxruntime"
+TRAIN, EVAL, GRADIENT, OPTIMIZER = (f"{kind}_step.onnx" for kind in ("train", "eval", "gradient", "optimizer"))
+PRODUCER = "lorac-deploy"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What step graphs do: loss and optimizer as in the manifest, and the form of each adapter."""
+
+    training: TrainingDefaults
+    form: FormOf
+
+
+@dataclasses.dataclass
+class Forward:
+    """A forward graph under construction: every tensor that changes is an input, ``loss`` a value."""
+
+    model: ir.Model
+    tape: Tape
+    tensors: dict[str, ir.Value]
+    loss: ir.Value
+    statistics: dict[str, Statistics]
+
+
+def write(graphs: Graphs, folder: Path, *, start: Mapping[str, Floats], config: StepConfig) -> tuple[str, ...]:
+    """Write the step graphs into ``folder``, which holds base.onnx; returns the names of the files.
+
+    Raises ConversionError naming every node that has no gradient rule, or tensors that no gradient reaches.
+    """
+    built = {
+        TRAIN: train_step(graphs, start, config),
+        EVAL: eval_step(graphs, start, config),
+        OPTIMIZER: optimizer_step(graphs, config),
+    }
+    if graphs.policy != "batch":
+        built[GRADIENT] = gradient_step(graphs, start, config)
+    extra = externalize(built, folder / BASE, graphs.trained.values)
+    for name, model in built.items():
+        save(model, folder / name)
+    return (*built, *extra)
+
+
+def train_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
+    """Forward, backward and update in one graph."""
+    forward = _forward(graphs, start, config, training=True)
+    gradients = _packed_gradients(graphs, forward)
+    outputs = {"loss": forward.loss, **_updated(graphs, forward, gradients, config.training)}
+    return _finished(forward, outputs | _moved_statistics(graphs, forward), _metadata(graphs, config))
+
+
+def gradient_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
+    """Forward and backward of a micro-batch; its gradients are added to those of the ones before it."""
+    forward = _forward(graphs, start, config, training=True)
+    tape = forward.tape
+    gradients = _packed_gradients(graphs, forward)
+    weight = tape.input("weight", ())
+    outputs = {"loss": forward.loss}
+    for index, gradient in enumerate(gradients):
+        before = tape.input(f"gradient.{index}", dims(gradient))
+        weighted = tape.op("Mul", gradient, weight, like=gradient)
+        outputs[f"gradient.{index}.next"] = tape.op("Add", before, weighted, like=gradient)
+    return _finished(forward, outputs, _metadata(graphs, config))
+
+
+def optimizer_step(graphs: Graphs, config: StepConfig) -> ir.Model:
+    """The update alone, from gradients that are inputs."""
+    model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 18}, name="optimizer_step"), ir_version=9)
+    tape = Tape(model.graph)
+    tensors = {t.name: tape.input(t.name, t.shape) for t in graphs.plan.trainables}
+    shapes = {t.name: t.shape for t in graphs.plan.trainables}
+    lengths = [sum(math.prod(shapes[name]) for name in group) for group in _groups(graphs)]
+    gradients = [tape.input(f"gradient.{k}", (length,)) for k, length in enumerate(lengths)]
+    forward = Forward(model, tape, tensors, tape.constant(np.float32(0)), {})
+    return _finished(forward, _updated(graphs, forward, gradients, config.training), _metadata(graphs, config))
+
+
+def eval_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
+    """Loss and logits in evaluation mode."""
+    forward = _forward(graphs, start, config, training=False)
+    logits = forward.model.graph.outputs[0]
+    return _finished(forward, {"loss": forward.loss, name_of(logits): logits}, {})
+
+
+def _forward(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig, *, training: bool) -> Forward:
+    """The graph to differentiate: adapters added, changing tensors as inputs, the loss appended."""
+    model = graphs.trained.model.clone()
+    rewrite_for_training(model, keep=RULES)
+    statistics = write_out_batchnorm(model) if training and graphs.policy == "batch" else {}
+    tape = Tape(model.graph)
+    tensors = {t.name: tape.input(t.name, t.shape) for t in graphs.plan.trainables}
+    running = {} if graphs.policy != "batch" else {n: tape.input(n, start[n].shape) for n in graphs.statistics()}
+    factors = {a.weight: _factors(tape, a, tensors, start) for a in graphs.plan.adapters}
+    add_adapters(tape, {a.weight: a for a in graphs.plan.adapters}, factors, config.form)
+    return Forward(model, tape, tensors | running, _loss(tape, config.training), statistics)
+
+
+def _factors(tape: Tape, adapter: Adapter, tensors: Mapping[str, ir.Value], start: Mapping[str, Floats]) -> Factors:
+    """An adapter's tensors: inputs if they train, else constants."""
+
+    def tensor(name: str) -> ir.Value:
+        return tensors[name] if name in tensors else tape.constant(start[name], name)
+
+    scale: ir.Value | float = adapter.alpha / adapter.r
+    if adapter.lora_alpha is not None:
+        scale = tape.op("Mul", tensor(adapter.lora_alpha), 1.0 / adapter.r, shape=(1,))
+    return Factors(tensor(adapter.lora_a), tensor(adapter.lora_b), scale)
+
+
+def _loss(tape: Tape, training: TrainingDefaults) -> ir.Value:
+    logits = tape.graph.outputs[0]
+    labels = None
+    if training.loss != "entropy":
+        labels = tape.input("labels", dims(logits)[:1], ir.DataType.INT64)
+    return LOSSES[training.loss](tape, logits, labels, training.label_smoothing)
+
+
+def _groups(graphs: Graphs) -> list[list[str]]:
+    return groups({t.name: t.shape for t in graphs.plan.trainables})
+
+
+def _packed_gradients(graphs: Graphs, forward: Forward) -> list[ir.Value]:
+    """The gradients of all trainable tensors, a vector for each group."""
+    names = [t.name for t in graphs.plan.trainables]
+    found = differentiate(forward.tape, forward.loss, [forward.tensors[n] for n in names])
+    gradients = dict(zip(names, found, strict=True))
+    return [pack(forward.tape, [gradients[n] for n in group]) for group in _groups(graphs)]
+
+
+def _updated(
+    graphs: Graphs, forward: Forward, gradients: list[ir.Value], settings: TrainingDefaults
+) -> dict[str, ir.Value]:
+    """Outputs of the update, by name."""
+    tape = forward.tape
+    lr, step = tape.input("lr", ()), tape.input("step", (), ir.DataType.INT64)
+    state = {
+        f"{name}.{k}": tape.input(f"{name}.{k}", dims(gradient))
+        for name in state_names(settings)
+        for k, gradient in enumerate(gradients)
+    }
+    done = append_updates(tape, _groups(graphs), forward.tensors, gradients, state, lr=lr, step=step, settings=settings)
+    carried = {**done.parameters, **done.state, "step": done.step}
+    return {"gradient_norm": done.gradient_norm, **{f"{name}.next": value for name, value in carried.items()}}
+
+
+def _moved_statistics(graphs: Graphs, forward: Forward) -> dict[str, ir.Value]:
+    """Running statistics after the step, as PyTorch moves them."""
+    outputs = {}
+    for bn in graphs.base.batchnorms if forward.statistics else ():
+        found = forward.statistics[bn.weight]
+        for name, seen in ((bn.running_mean, found.mean), (bn.running_var, found.unbiased_var)):
+            outputs[f"{name}.next"] = _moved(forward.tape, forward.tensors[name], seen, bn.momentum)
+    return outputs
+
+
+def _moved(tape: Tape, old: ir.Value, seen: ir.Value, momentum: float) -> ir.Value:
+    kept = tape.op("Mul", old, 1.0 - momentum, like=old)
+    return tape.op("Add", kept, tape.op("Mul", seen, momentum, like=old), like=old)
+
+
+def _metadata(graphs: Graphs, config: StepConfig) -> dict[str, str]:
+    return {"lorac.groups": json.dumps(_groups(graphs)), "lorac.optimizer": config.training.optimizer}
+
+
+def _finished(forward: Forward, outputs: Mapping[str, ir.Value], metadata: Mapping[str, str]) -> ir.Model:
+    """The whole graph with its outputs under their names, and nothing in it that no output needs."""
+    graph = forward.model.graph
+    graph.outputs[:] = [_named(forward.tape, name, value) for name, value in outputs.items()]
+    remove_unused(forward.model)
+    forward.model.metadata_props.update(metadata)
+    forward.model.producer_name = PRODUCER
+    return forward.model
+
+
+def _named(tape: Tape, name: str, value: ir.Value) -> ir.Value:
+    """``value`` under an output's name; an input or a second output of it is copied."""
+    if value.name == name:
+        return value
+    if value.producer() is None or value.is_graph_output():
+        value = tape.op("Identity", value, like=value)
+    value.name = name
+    return value
