@@ -8,6 +8,10 @@ import sys
 BENCHMARKS = {
     "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
     "fusing": "time of fusing a ResNet-18 beyond reading and writing the file",
+    "memory": "peak memory of fine-tuning, beside PyTorch and onnxruntime-training",
+    "setup": "make the Python environments that other benchmarks need",
+    "startup": "seconds from starting the process to the end of the first step, beside PyTorch",
+    "step": "time of a fine-tuning step, beside PyTorch, onnxruntime-training and onnxsim",
 }
 
 

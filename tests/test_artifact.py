@@ -118,31 +118,58 @@ def test_raw_uint8_images_may_be_the_input(tmp_path: Path) -> None:
         ("lora", dataclasses.replace(LORA, rank=16, small_layers="full")),
         ("lora", dataclasses.replace(LORA, freeze_a=True)),
         ("lora", dataclasses.replace(LORA, blocks=("3",))),
-        ("training", TrainingDefaults(optimizer="sgd")),
-        ("training", TrainingDefaults(clip_norm=0.5)),
-        ("training", TrainingDefaults(weight_decay=0.1)),
-        ("training", TrainingDefaults(betas=(0.8, 0.999))),
-        ("training", TrainingDefaults(betas=(0.9, 0.99))),
-        ("training", TrainingDefaults(eps=1e-6)),
         ("training", TrainingDefaults(lr=1e-2)),
-        ("training", TrainingDefaults(epochs=3)),
-        ("training", TrainingDefaults(batch_size=7)),
-        ("training", TrainingDefaults(warmup=0.1)),
     ],
 )
 def test_every_setting_changes_the_artifact(tmp_path: Path, field: str, value: object) -> None:
     changed = export(tmp_path / "changed", **{field: value}).manifest
     default = export(tmp_path / "default").manifest
     assert changed.to_json() != default.to_json()
-    if field == "training" and value != TrainingDefaults(lr=1e-2):
-        same_graph = changed.files["optimizer_model.onnx"] == default.files["optimizer_model.onnx"]
-        default_schedule = {n: getattr(TrainingDefaults(), n) for n in ("lr", "epochs", "batch_size", "warmup")}
-        in_graph = dataclasses.replace(changed.training, **default_schedule) != TrainingDefaults()
-        assert same_graph != in_graph
+
+
+SCHEDULE = {n: getattr(TrainingDefaults(), n) for n in ("lr", "epochs", "batch_size", "warmup")}
+SGD = TrainingDefaults(optimizer="sgd", momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("default", "value"),
+    [
+        (TrainingDefaults(), TrainingDefaults(optimizer="sgd")),
+        (TrainingDefaults(), TrainingDefaults(clip_norm=0.5)),
+        (TrainingDefaults(), TrainingDefaults(weight_decay=0.1)),
+        (TrainingDefaults(), TrainingDefaults(betas=(0.8, 0.999))),
+        (TrainingDefaults(), TrainingDefaults(betas=(0.9, 0.99))),
+        (TrainingDefaults(), TrainingDefaults(eps=1e-6)),
+        (TrainingDefaults(), TrainingDefaults(amsgrad=True)),
+        (TrainingDefaults(), TrainingDefaults(label_smoothing=0.1)),
+        (TrainingDefaults(), TrainingDefaults(loss="mse")),
+        (TrainingDefaults(), TrainingDefaults(loss="binary_cross_entropy")),
+        (TrainingDefaults(), TrainingDefaults(loss="entropy")),
+        (SGD, dataclasses.replace(SGD, momentum=0.0)),
+        (SGD, dataclasses.replace(SGD, dampening=0.1)),
+        (SGD, dataclasses.replace(SGD, nesterov=True)),
+        (SGD, dataclasses.replace(SGD, weight_decay=0.1)),
+        (TrainingDefaults(), TrainingDefaults(lr=1e-2)),
+        (TrainingDefaults(), TrainingDefaults(epochs=3)),
+        (TrainingDefaults(), TrainingDefaults(batch_size=7)),
+        (TrainingDefaults(), TrainingDefaults(warmup=0.1)),
+    ],
+)
+def test_every_setting_of_training_changes_the_graphs_unless_the_device_sets_it(
+    tmp_path: Path, default: TrainingDefaults, value: TrainingDefaults
+) -> None:
+    engine, graphs = "onnxruntime", ["train_step.onnx"]
+    if not optimizer_problems(default) and not optimizer_problems(value):
+        engine, graphs = "both", ["train_step.onnx", "optimizer_model.onnx"]
+    found = [export(tmp_path / "a", engine=engine, training=t).manifest for t in (default, value)]
+    assert found[0].training != found[1].training
+    in_graph = dataclasses.replace(value, **SCHEDULE) != default
+    assert [found[0].files[g] != found[1].files[g] for g in graphs] == [in_graph] * len(graphs)
 
 
 def test_the_optimizer_graph_has_the_settings_of_adamw(tmp_path: Path) -> None:
-    export(tmp_path / "a", training=TrainingDefaults(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.25))
+    training = TrainingDefaults(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.25)
+    export(tmp_path / "a", engine="onnxruntime-training", training=training)
     nodes = onnx.load(tmp_path / "a" / "optimizer_model.onnx").graph.node
     (found,) = [{a.name: a.f for a in n.attribute} for n in nodes if n.op_type == "AdamWOptimizer"]
     settings = {"alpha": 0.8, "beta": 0.95, "epsilon": 1e-6, "weight_decay": 0.25}
@@ -236,6 +263,7 @@ def test_settings_that_onnxruntime_training_has_are_accepted() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lion"])
 def test_an_optimizer_the_engine_does_not_have_is_refused(tmp_path: Path, optimizer: str) -> None:
+    training = TrainingDefaults(optimizer=optimizer, weight_decay=0.1)
     with pytest.raises(ValueError, match=optimizer):
-        export(tmp_path / "artifact", training=TrainingDefaults(optimizer=optimizer, weight_decay=0.1))
+        export(tmp_path / "artifact", engine="onnxruntime-training", training=training)
     assert list(tmp_path.iterdir()) == []

@@ -39,8 +39,9 @@ def test_progress_goes_to_stderr_and_a_table_to_stdout(run: Run, tmp_path: Path)
     status, stdout, stderr = run()
     assert status == 0
     lines = stderr.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
-    assert all(word in lines[1] for word in ("step 6/6", "loss ", "lr ", " s ", "eta 0 s"))
+    assert [line.split("  ")[0] for line in lines[1:]] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[0] == "engine onnxruntime-training; not onnxruntime: the artifact has no files for it"
+    assert all(word in lines[2] for word in ("step 6/6", "loss ", "lr ", " s ", "eta 0 s"))
     rows = dict(line.split(maxsplit=1) for line in stdout.splitlines())
     assert list(rows) == ["accuracy", "loss", "trained", "images", "time", "memory", "written"]
     assert rows["trained"].startswith("729 of 1,307 parameters (55.78%)")
@@ -135,6 +136,8 @@ def test_the_options_are_the_fields_of_the_config() -> None:
         (("--epochs", "0"), "epochs must be at least 1, got 0"),
         (("--epochs", "1.5"), "invalid int value"),
         (("--lr", "nan"), "lr must be positive, got nan"),
+        (("--engine", "abacus"), "argument --engine: invalid choice: 'abacus'"),
+        (("--micro-batch", "0"), "micro_batch must be at least 1, got 0"),
         (("--val-fraction", "1"), "val_fraction must be at least 0 and below 1"),
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
     ],

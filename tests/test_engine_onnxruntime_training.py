@@ -141,10 +141,23 @@ def test_files_that_do_not_fit_the_manifest_are_refused_by_name(make: Make) -> N
         open_engine(tiny.folder, other, threads=1)
 
 
+def test_an_optimizer_that_the_engine_does_not_know_is_refused(make: Make) -> None:
+    tiny = make()
+    training = dataclasses.replace(tiny.manifest.training, optimizer="lion")
+    with pytest.raises(EngineError, match="its optimizer is 'lion', expected adamw or sgd"):
+        open_engine(tiny.folder, dataclasses.replace(tiny.manifest, training=training), threads=1)
+
+
+def test_micro_batches_are_refused(make: Make) -> None:
+    tiny = make()
+    with pytest.raises(EngineError, match="onnxruntime-training has no micro-batches: leave --micro-batch out"):
+        open_engine(tiny.folder, tiny.manifest, micro_batch=4)
+
+
 def test_an_artifact_for_another_engine_is_refused(make: Make) -> None:
     tiny = make()
     entry = tiny.manifest.engines["onnxruntime-training"]
-    with pytest.raises(EngineError, match="was made for abacus; this runtime has onnxruntime-training"):
+    with pytest.raises(EngineError, match="was made for abacus; this runtime has onnxruntime, onnxruntime-training"):
         open_engine(tiny.folder, dataclasses.replace(tiny.manifest, engines={"abacus": entry}))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engine_cases import Make, batch, distance, engine_of, maker
 
+from lorac_runtime.engines.training_state import FILE_NAME
 from lorac_runtime.errors import CheckpointError
 
 
@@ -59,13 +60,36 @@ def test_optimizer_memory_is_part_of_what_is_restored(make: Make, tmp_path: Path
 def test_a_damaged_checkpoint_is_refused(make: Make, damage: str, tmp_path: Path) -> None:
     engine = engine_of(make())
     engine.save(tmp_path)
-    path = tmp_path / "checkpoint"
+    path = tmp_path / FILE_NAME
     if damage == "absent":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:100] if damage == "truncated" else b"x" * 500)
     with pytest.raises(CheckpointError, match="cannot be read"):
         engine.restore(tmp_path)
+
+
+def test_a_state_before_the_first_step_and_one_of_sgd_are_restored_too(make: Make, tmp_path: Path) -> None:
+    """The library's own file has no place for the number of steps while it is 0, and none for what SGD remembers."""
+    for optimizer in ("adamw", "sgd"):
+        tiny = make(lora_b=1.0, clip_norm=0.0, optimizer=optimizer)
+        fresh, resumed = engine_of(tiny), engine_of(tiny)
+        fresh.save(tmp_path)
+        resumed.train_step(*batch(4, 9), 0.5)
+        resumed.restore(tmp_path)
+        again = engine_of(tiny)
+        again.restore(tmp_path)
+        expected = [fresh.train_step(*batch(6, i), 0.02) for i in range(3)]
+        for engine in (resumed, again):
+            assert [engine.train_step(*batch(6, i), 0.02) for i in range(3)] == expected
+            assert all(np.array_equal(v, fresh.state()[k]) for k, v in engine.state().items())
+
+
+def test_a_state_leaves_nothing_else_behind(make: Make, tmp_path: Path) -> None:
+    engine = engine_of(make())
+    engine.save(tmp_path)
+    engine.restore(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
 @pytest.mark.parametrize("policy", ["frozen", "batch", "recalibrate"])

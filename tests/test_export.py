@@ -30,6 +30,7 @@ from lorac_runtime.patch import fuse
 
 SPEC = InputSpec("input", (3, 32, 32), 1 / 255, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 CONFIG = ArtifactConfig(lora=LoraConfig(rank=2))
+OLD_ENGINE = ("--engine", "onnxruntime-training")
 
 
 @functools.cache
@@ -211,7 +212,13 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
         (["--checkpoint", "x", "--mean", "0.5"], 2, "describes an ONNX file"),
         (["--checkpoint", "x", "--rank", "0"], 2, "rank must be at least 1"),
         (["--checkpoint", "x", "--alpha", "-1"], 2, "alpha must be positive"),
-        (["--checkpoint", "x", "--optimizer", "sgd", "--weight-decay", "0.1"], 2, "sgd"),
+        (
+            ["--checkpoint", "x", *OLD_ENGINE, "--optimizer", "sgd", "--weight-decay", "0.1"],
+            2,
+            "no weight_decay for sgd",
+        ),
+        (["--checkpoint", "x", "--momentum", "0.9"], 2, "momentum: is an option of sgd"),
+        (["--checkpoint", "x", "--betas", "0.9"], 2, "invalid pair value"),
         (["--checkpoint", "x", "--method", "head", "--rank", "2"], 2, "applies to --method lora-c only"),
         (["--checkpoint", "x", "--method", "full", "--freeze-a"], 2, "applies to --method lora-c only"),
         (["--checkpoint", "x", "--method", "head", "--blocks", "fc"], 2, "applies to --method lora-c and full only"),

@@ -106,18 +106,17 @@ def test_a_variance_about_another_mean_is_not_taken_for_the_batchs() -> None:
     body = f"""
         d = Sub (x, kept)
         q = Mul (d, d)
-        axes = Constant <value = int64[2] {{0, 2}}> ()
         var = ReduceMean <keepdims = 0> (q, axes)
-        flat = Constant <value = int64[1] {{-1}}> ()
         mean = Reshape (kept, flat)
         y = BatchNormalization <epsilon = {EPS}> (x, scale, bias, mean, var)
     """
 
-    def reference(x: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def reference(x: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, **_: torch.Tensor):
         return with_statistics(x, scale, bias, kept.reshape(-1), ((x - kept) ** 2).mean((0, 2)))
 
     inputs = {k: v for k, v in inputs_for((3, 4, 5)).items() if k not in ("mean", "var")}
-    check(body, inputs | {"kept": normal(1, 4, 1, seed=7)}, reference)
+    constants = {"axes": np.array([0, 2]), "flat": np.array([-1])}
+    check(body, inputs | {"kept": normal(1, 4, 1, seed=7)} | constants, reference, fixed=list(constants))
 
 
 NETWORK = f"""

@@ -14,6 +14,7 @@ from torch import nn
 from lorac_deploy.adapter_files import attach_adapter, load_module_adapter, save_module_adapter
 from lorac_deploy.lora import adapter_tensors, fuse, select_trainable
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
+from lorac_exporters.engine_files import EngineChoice
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs, run_onnx
@@ -48,9 +49,15 @@ class Net(nn.Sequential):
 
 
 def export(
-    out: Path, lora: LoraConfig, *, method: str = "lora-c", adapter: Path | None = None, **training: Any
+    out: Path,
+    lora: LoraConfig,
+    *,
+    method: str = "lora-c",
+    engine: EngineChoice = "auto",
+    adapter: Path | None = None,
+    **training: Any,
 ) -> ExportReport:
-    config = ArtifactConfig(lora=lora, method=method, training=TrainingDefaults(**training))
+    config = ArtifactConfig(lora=lora, method=method, engine=engine, training=TrainingDefaults(**training))
     graph = export_graph(Net().eval(), SPEC.shape)
     return write_artifact(graph, out, name="net", spec=SPEC, class_names=NAMES, config=config, adapter=adapter)
 
@@ -84,6 +91,7 @@ def test_a_step_of_the_artifact_is_pytorchs(tmp_path: Path, method: str, lora: L
         tmp_path / "artifact",
         lora,
         method=method,
+        engine="both",
         adapter=tmp_path / "cloud.safetensors",
         optimizer="sgd",
         clip_norm=0.0,
@@ -94,6 +102,7 @@ def test_a_step_of_the_artifact_is_pytorchs(tmp_path: Path, method: str, lora: L
     assert {t.name for t in report.manifest.trainables} == learning
     expected = {n: v.numpy() for n, v in adapter_tensors(net).items()}
     logits = net(torch.from_numpy(images)).detach().numpy()
+    assert set(report.manifest.engines) == {"onnxruntime", "onnxruntime-training"}
     for name in report.manifest.engines:
         engine = open_engine(tmp_path / "artifact", report.manifest, engine=name)
         assert engine.train_step(images, labels, LR) == pytest.approx(loss, rel=1e-5)
@@ -204,3 +213,17 @@ def test_a_device_fine_tunes_beside_its_frozen_a_and_hands_it_on(tmp_path: Path)
     images = random_inputs(SPEC, 3, seed=2)
     expected = net(torch.from_numpy(images)).detach().numpy()
     np.testing.assert_allclose(run_onnx(tmp_path / "out" / "fused.onnx", images), expected, atol=1e-5)
+
+
+def test_a_device_whose_graphs_hold_the_frozen_a_refuses_an_adapter_with_another(tmp_path: Path) -> None:
+    artifact, data = tmp_path / "artifact", local_images(tmp_path / "data.npz")
+    export(artifact, BOTH)
+    file, config = load_adapter(artifact / mf.ADAPTER), FinetuneConfig(epochs=1, engine="onnxruntime")
+    starts = {}
+    for leaf in ("lora_a", "lora_b"):
+        moved = {f"late.1.{leaf}": file.tensors[f"late.1.{leaf}"] + np.float32(1e-3)}
+        starts[leaf] = tmp_path / f"{leaf}.safetensors"
+        save_adapter(starts[leaf], file.tensors | moved, file.metadata)
+    with pytest.raises(AdapterError, match=r"late\.1\.lora_a .*export the artifact again"):
+        finetune(artifact, data, tmp_path / "out", config, adapter=starts["lora_a"])
+    finetune(artifact, data, tmp_path / "out", config, adapter=starts["lora_b"])

@@ -1,4 +1,4 @@
-"""Importing the training wheel: without frameworks, and with a clear word where it is missing or another build."""
+"""Importing onnxruntime: without frameworks, and with a clear word where it is missing, too old or another build."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ except EngineError as err:
 """
 
 
+INFERENCE = LOAD.replace("wheel.load()", "wheel.load_inference()").replace(
+    "found.version, found.api.Module.__name__", "found.__version__, 'onnxruntime.training' in sys.modules"
+)
+
+
 def loaded(packages: Path, root: Path, code: str = LOAD) -> str:
     """Output of ``code`` where only numpy, safetensors and what lies in ``packages`` are installed."""
     done = run_isolated(["-c", code], packages, path=[root / "runtime"])
@@ -47,7 +52,8 @@ def test_a_missing_wheel_gives_the_pip_command(tmp_path: Path, root: Path) -> No
 def test_plain_onnxruntime_is_told_from_the_training_build(tmp_path: Path, root: Path) -> None:
     fake(tmp_path, {"__init__.py": "__version__ = '1.31.1'", "capi/__init__.py": ""})
     text = loaded(tmp_path, root)
-    assert "is plain onnxruntime, which cannot train" in text
+    assert "is plain onnxruntime, which cannot train by itself" in text
+    assert "use an artifact with the engine onnxruntime" in text
     assert "cannot share an environment" in text
     assert "pip install onnxruntime-training-cpu==1.19.2" in text
 
@@ -68,6 +74,34 @@ def test_a_wheel_that_does_not_load_gives_the_reason(tmp_path: Path, root: Path)
     text = loaded(tmp_path, root, LOAD + "\nprint('onnxruntime.training' in sys.modules)")
     assert "does not load: GLIBC_2.99 not found" in text
     assert text.endswith("False\n")  # the stand-in is gone, so a later attempt starts clean
+
+
+def test_for_inference_a_missing_package_gives_the_pip_command(tmp_path: Path, root: Path) -> None:
+    text = loaded(tmp_path, root, INFERENCE)
+    assert "the engine onnxruntime needs a package that is not installed here" in text
+    assert "pip install lorac-runtime[onnxruntime]" in text
+    assert "cannot share an environment" in text
+
+
+@pytest.mark.parametrize("version", ["1.17.0", "1.31.1", "2.0"])
+def test_for_inference_the_plain_build_will_do(tmp_path: Path, root: Path, version: str) -> None:
+    fake(tmp_path, {"__init__.py": f"__version__ = '{version}'"})
+    assert loaded(tmp_path, root, INFERENCE) == f"{version} False\n"  # and no stand-in stays behind
+
+
+@pytest.mark.parametrize("version", ["'1.16.3'", "'0.9'", "None", "'main'"])
+def test_for_inference_an_old_package_is_refused(tmp_path: Path, root: Path, version: str) -> None:
+    fake(tmp_path, {"__init__.py": f"__version__ = {version}"})
+    text = loaded(tmp_path, root, INFERENCE)
+    assert f"is onnxruntime {version.strip(chr(39))}, the engine onnxruntime needs 1.17 or newer" in text
+    assert "pip install --upgrade lorac-runtime[onnxruntime]" in text
+
+
+def test_for_inference_a_package_that_does_not_load_gives_the_reason(tmp_path: Path, root: Path) -> None:
+    fake(tmp_path, {"__init__.py": "raise ImportError('GLIBC_2.99 not found')"})
+    text = loaded(tmp_path, root, INFERENCE + "\nprint('onnxruntime.training' in sys.modules)")
+    assert "does not load: GLIBC_2.99 not found" in text
+    assert text.endswith("False\n")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +140,20 @@ print(hasattr(artifacts, "generate_artifacts"))
 
 def test_the_wheel_loads_alone_and_does_not_stand_in_the_way_of_the_exporter() -> None:
     done = subprocess.run([sys.executable, "-c", AFTER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1", "True"]
+
+
+BOTH = AFTER.replace("wheel.load()\n", "wheel.load()\nassert wheel.load_inference() is first.ort\n", 1)
+INFERENCE_FIRST = AFTER.replace("first = ", "plain = wheel.load_inference()\nfirst = ").replace(
+    "print(os", "assert plain is first.ort\nprint(os"
+)
+
+
+@pytest.mark.parametrize("code", [BOTH, INFERENCE_FIRST])
+def test_both_engines_share_the_training_build_and_load_no_framework(code: str) -> None:
+    assert code != AFTER
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["1", "True"]
 

@@ -141,10 +141,12 @@ def _factors(tape: Tape, adapter: Adapter, tensors: Mapping[str, ir.Value], star
 
 
 def _loss(tape: Tape, training: TrainingDefaults) -> ir.Value:
+    """The loss of the graph's logits; labels have their shape without the axis of classes."""
     logits = tape.graph.outputs[0]
     labels = None
     if training.loss != "entropy":
-        labels = tape.input("labels", dims(logits)[:1], ir.DataType.INT64)
+        batch, _, *pixels = dims(logits)
+        labels = tape.input("labels", (batch, *pixels), ir.DataType.INT64)
     return LOSSES[training.loss](tape, logits, labels, training.label_smoothing)
 
 

@@ -16,6 +16,8 @@ from lorac_runtime.manifest import TrainingDefaults
         ("epochs", 0, 1),
         ("batch_size", 0, 1),
         ("threads", -1, 1),
+        ("micro_batch", 0, 1),
+        ("engine", "abacus", "onnxruntime"),
         ("seed", -1, 0),
         ("lr", 0.0, 1e-9),
         ("lr", float("nan"), 1.0),
@@ -26,8 +28,8 @@ from lorac_runtime.manifest import TrainingDefaults
         ("val_fraction", -0.1, 0.0),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(field: str, bad: float, good: float) -> None:
-    with pytest.raises(ValueError, match=rf"{field} .*got {bad}"):
+def test_values_out_of_range_are_refused_by_name(field: str, bad: object, good: object) -> None:
+    with pytest.raises(ValueError, match=rf"{field} .*got {bad!r}"):
         FinetuneConfig(**{field: bad})
     assert getattr(FinetuneConfig(**{field: good}), field) == good
 

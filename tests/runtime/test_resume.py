@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -63,6 +64,17 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["epoch-2", "resume.json"]
 
 
+def test_another_engine_goes_on_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resume.save(tmp_path, TextEngine("one"), RUN, history=history(1))
+    other = TextEngine()
+    with caplog.at_level(logging.INFO):
+        resume.load(tmp_path, other, RUN)
+        assert caplog.text == ""
+        other.name = "other"
+        assert resume.load(tmp_path, other, RUN) == history(1)
+    assert "the engine other goes on from a checkpoint of text" in caplog.text
+
+
 def test_no_run_and_a_discarded_one_load_as_none(tmp_path: Path) -> None:
     assert resume.load(tmp_path, TextEngine(), RUN) is None
     resume.save(tmp_path, TextEngine("one"), RUN, history=history(1))
@@ -83,7 +95,7 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema: 2, this runtime reads 1"),
+        ({"schema": 1}, "schema: 1, this runtime reads 2"),
         ({"history": None}, "history: expected an object"),
         ({"more": 1}, "more: unknown key"),
     ],

@@ -67,9 +67,10 @@ def max_pool(tape: Tape, site: Site) -> Grads:
         return only(site, _added_up(tape, site, _indices(tape, site)))
     if len(site.node.outputs) == 1 and pool.inside and 1 < math.prod(pool.kernel) <= _SEARCHED:
         return only(site, _placed(tape, site, _searched(tape, site, pool)))
+    indices = _indices(tape, site)
     # a window of NaN has a negative index, which MaxUnpool refuses
-    indices = tape.op("Max", _indices(tape, site), tape.constant(np.int64(0)), like=site.node.outputs[1])
-    return only(site, _placed(tape, site, indices))
+    safe = tape.op("Max", indices, tape.constant(np.int64(0)), like=indices)
+    return only(site, _placed(tape, site, safe))
 
 
 def _indices(tape: Tape, site: Site) -> ir.Value:

@@ -227,8 +227,8 @@ def append_updates(
     """Append clipping and the update of every tensor.
 
     ``members`` names the tensors of each group (`groups`), ``gradients`` holds a packed vector for each group,
-    ``state`` the vectors of group K as "exp_avg.K" (`state_names`). ``lr`` is a float32 scalar, ``step`` an int64 scalar: the steps
-    taken before, 0 at first. Raises KeyError for a tensor or state that is not given.
+    ``state`` the vectors of group K as "exp_avg.K" (`state_names`). ``lr`` is a float32 scalar; ``step``, an int64
+    scalar, counts the steps taken before, 0 at first. Raises KeyError for a tensor or state that is not given.
     """
     optimizer, names = OPTIMIZERS[settings.optimizer], state_names(settings)
     clipped, norm = clip_by_norm(tape, gradients, settings.clip_norm)

@@ -116,7 +116,6 @@ def _nearest(site: Site, cells: Floats, size: int) -> Floats:
 
 
 def _linear(cells: Floats, size: int) -> Floats:
-    cells = np.clip(cells, 0, size - 1)
     left = np.floor(cells)
     share = cells - left
     return _weighted(np.stack([left, left + 1], 1), np.stack([1 - share, share], 1), size)
