@@ -1,5 +1,5 @@
 # Everything a developer or a curious user types. `make help` lists the targets.
-# PYTHON=/path/to/python3.11 chooses the interpreter of .venv and of the device environment.
+# PYTHON=/path/to/python3.11 chooses the interpreter of .venv and of the device environments.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,30 +8,35 @@ SHELL := bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUNTIME_PYTHONS := 3.10 3.11 3.12 3.13
 DEV := .venv/.installed
-DEVICE := .envs/device/.installed
+DEVICES := .envs/device/.installed .envs/device-training/.installed
+# Environments of `make test-engines`: .envs/engine-PYTHON-ENGINE, ENGINE being a version of onnxruntime or "newest".
+ENGINES := 3.10-1.17.3 3.10-1.19.2 3.10-1.23.2 3.11-newest 3.13-newest
+OLD_NUMPY := 1.17.3 1.19.2  # engines that are tried with numpy 1, the newest with numpy 2, others with what pip takes
 
 # $(call environment,FOLDER,PYTHON,PACKAGES): the stamp $@ is written only after all of it has worked.
+# Below .envs it begins anew: the engines' packages overwrite each other's files.
 define environment
 	@rm -f $@
 	@echo "Setting up $(1) (the first time takes a few minutes)"
-	@python="$(strip $(2))"; "$${python:?no Python for $(1), see above}" -m venv $(1)
+	@python="$(strip $(2))"; "$${python:?no Python for $(1), see above}" -m venv $(if $(filter .envs/%,$(1)),--clear) $(1)
 	@$(1)/bin/python -m pip install --quiet "setuptools>=77"
 	@$(1)/bin/python -m pip install --quiet --no-build-isolation $(3)
 	@touch $@
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env demo test test-realdata test-runtime check format docs clean
+.PHONY: help dev device-env demo test test-realdata test-runtime test-engines check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 dev: $(DEV)  ## create .venv with both distributions and the tools of development
 
-device-env: $(DEVICE)  ## create .envs/device: the runtime and one engine, no PyTorch
+device-env: $(DEVICES)  ## create .envs/device and .envs/device-training: the runtime and one engine each, no PyTorch
 
-demo: $(DEV) $(DEVICE)  ## run the whole loop on handwritten digits and write demo/
-	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python --out demo
+demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both engines and write demo/
+	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python \
+	    --training-python .envs/device-training/bin/python --out demo
 
 test: $(DEV)  ## run all tests but the long studies on real data
 	.venv/bin/python -m pytest -m "not (realdata and slow)"
@@ -41,6 +46,9 @@ test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data
 
 test-runtime:  ## test the runtime alone on every Python it supports that this machine has
 	@.ci/test-runtime $(RUNTIME_PYTHONS)
+
+test-engines: $(DEV)  ## train the same artifacts on the oldest and the newest onnxruntime and compare
+	@.ci/test-engines $(ENGINES)
 
 check: $(DEV)  ## formatting, lint, types, import rules
 	.venv/bin/ruff check
@@ -61,10 +69,21 @@ clean:  ## remove the environments, the demo's output and caches
 $(DEV): pyproject.toml runtime/pyproject.toml
 	$(call environment,.venv,$(find_python),-e ./runtime -e ".[demo$(comma)dev]")
 
-$(DEVICE): runtime/pyproject.toml
-	$(call environment,.envs/device,$(find_python),-e "./runtime[onnxruntime-training]")
+.envs/device/.installed: runtime/pyproject.toml
+	$(call environment,.envs/device,$(find_python),-e "./runtime[onnxruntime]")
+
+.envs/device-training/.installed: runtime/pyproject.toml
+	$(call environment,.envs/device-training,$(find_python),-e "./runtime[onnxruntime-training]")
 
 .envs/py%/.installed: runtime/pyproject.toml
-	$(call environment,.envs/py$*,$(shell .ci/find-python $*),-e "./runtime[onnxruntime-training$(comma)images$(comma)test]")
+	$(call environment,.envs/py$*,$(shell .ci/find-python $*),-e "./runtime[onnxruntime$(comma)images$(comma)test]")
 
+# The stem is PYTHON-ENGINE, as in $(ENGINES).
+.envs/engine-%/.installed: runtime/pyproject.toml
+	$(call environment,.envs/engine-$*,$(shell .ci/find-python $(engine_python)),-e "./runtime[onnxruntime]" $(engine_packages))
+
+engine_python = $(firstword $(subst -, ,$*))
+engine_version = $(lastword $(subst -, ,$*))
+engine_packages = $(if $(filter newest,$(engine_version)),"numpy>=2","onnxruntime==$(engine_version)") \
+    $(if $(filter $(engine_version),$(OLD_NUMPY)),"numpy<2")
 comma := ,

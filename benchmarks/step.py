@@ -37,14 +37,13 @@ def turn(worker: Worker, count: int) -> Sequence[float]:
 
 def measure(jobs: dict[str, so.Plan], *, rounds: int, steps: int, reference: str) -> dict[str, Any]:
     """All rounds of one case: seconds, first losses, environments, peak memory, and who refused why."""
-    with opened(jobs) as (workers, refused):
-        started = {name: worker.ask("step", count=WARMUP) for name, worker in workers.items()}
-        losses = {name: answer["losses"][0] for name, answer in started.items()}
+    with opened(jobs, warmup=WARMUP) as found:
+        workers, losses = found.workers, {name: values[0] for name, values in found.losses.items()}
         load = os.getloadavg()[0]
         seconds = sr.interleaved({n: functools.partial(turn, w, steps) for n, w in workers.items()}, rounds)
         return {
-            "refused": refused,
-            "first_losses": losses,
+            "refused": found.refused,
+            "first_losses": found.losses,
             "disagreeing": sr.disagreeing(losses, reference) if reference in losses else [],
             "load": [load, os.getloadavg()[0]],
             "peak_bytes": {name: worker.ask("step", count=0)["peak_bytes"] for name, worker in workers.items()},
@@ -66,14 +65,14 @@ def summarized(found: dict[str, Any], references: Sequence[str]) -> dict[str, An
 
 
 def rows(found: dict[str, Any], names: dict[str, str], references: Sequence[str]) -> list[list[str]]:
-    """A table's rows: milliseconds, then ratios of minima and of medians to each reference."""
+    """A table's rows: milliseconds, then ratios (of minima / of medians) to each reference."""
     table = []
     for name, what in names.items():
         if name in found["refused"]:
-            table.append([what, "refused"])
+            table.append([name, what, "refused"])
             continue
         figures = found["summary"][name]
-        row = [what + (" (other loss!)" if name in found["disagreeing"] else "")]
+        row = [name, what + (" (another loss!)" if name in found["disagreeing"] else "")]
         row += [f"{1000 * figures[part]:.2f}" for part in ("minimum", "median", "ninetieth")]
         ratios = [figures["ratios"].get(r) for r in references]
         table.append(row + [f"{r['minima']:.2f} / {r['medians']:.2f}" if r else "-" for r in ratios])
@@ -88,8 +87,8 @@ def run_case(case: Case, args: argparse.Namespace, pythons: dict[str, Path], *, 
     found = {"model": case.model, "batch": batch, "threads": threads, "simplified_nodes": case.simplified, **found}
     found["summary"] = summarized(found, references)
     title = f"{case.model}, batch {batch}, {threads} thread(s), {args.rounds} rounds of {args.steps} steps, ms"
-    head = ["", "min", "median", "90 %", *(f"to {name} (min / median)" for name in references)]
-    so.show(title, head, rows(found, {n: f"{n}: {c.what}" for n, c in args.competitors.items()}, references))
+    head = ["competitor", "", "min", "median", "90 %", *(f"x {name}" for name in references)]
+    so.show(title, head, rows(found, {n: c.what for n, c in args.competitors.items()}, references))
     for name, reason in found["refused"].items():
         print(f"{name} refused: {reason[:400]}")
     return found

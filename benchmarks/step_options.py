@@ -92,10 +92,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column holds names, the others numbers."""
+    """Print a table; its first two columns hold a name and what that is, the others numbers."""
     table = Table(title=title, title_justify="left")
     for index, text in enumerate(head):
-        table.add_column(text, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(text, justify="left" if index < 2 else "right", no_wrap=index != 1)
     for row in rows:
         table.add_row(*row)
     console = Console()

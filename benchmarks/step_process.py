@@ -28,7 +28,7 @@ class Worker:
     """A process that runs ``module`` with ``interpreter`` on a job; use it in a ``with`` block."""
 
     def __init__(self, interpreter: Path, module: str, job: Job) -> None:
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         self.started = time.perf_counter()
         self._process = subprocess.Popen(
             [str(interpreter), "-m", module, json.dumps(dataclasses.asdict(job))],
@@ -79,21 +79,26 @@ class Worker:
         self._log.close()
 
 
-@contextlib.contextmanager
-def opened(jobs: dict[str, tuple[Path, str, Job]]) -> Iterator[tuple[dict[str, Worker], dict[str, str]]]:
-    """(workers by name that are ready, reasons by name of those that are not); ``jobs`` hold `Worker`'s arguments.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Workers by name that have made their first steps, the losses of these, and why others have not."""
 
-    They start one after the other, so that each prepares in peace.
-    """
+    workers: dict[str, Worker]
+    losses: dict[str, list[float]]
+    refused: dict[str, str]
+
+
+@contextlib.contextmanager
+def opened(jobs: dict[str, tuple[Path, str, Job]], *, warmup: int) -> Iterator[Opened]:
+    """Start workers one after the other, each alone; ``jobs`` hold `Worker`'s arguments. They end with the block."""
     with contextlib.ExitStack() as stack:
-        ready: dict[str, Worker] = {}
-        refused: dict[str, str] = {}
+        found = Opened({}, {}, {})
         for name, arguments in jobs.items():
             worker = stack.enter_context(Worker(*arguments))
             try:
-                worker.ask("hello")
+                found.losses[name] = worker.ask("step", count=warmup)["losses"]
             except WorkerError as err:
-                refused[name] = str(err)
+                found.refused[name] = str(err)
             else:
-                ready[name] = worker
-        yield ready, refused
+                found.workers[name] = worker
+        yield found

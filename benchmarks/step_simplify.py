@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import onnx
-import onnxsim
+import onnxsim  # type: ignore[import-not-found]  # lives in an environment of its own
 
 GRAPHS = ("base.onnx", "train_step.onnx")
 

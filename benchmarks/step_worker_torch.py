@@ -39,7 +39,8 @@ class ThinConv2d(LoraConv2d):
         else:
             hidden = functional.conv2d(input, down, None, (1, s_w), (0, p_w), (1, d_w), self.groups)
             change = functional.conv2d(hidden, up, None, (s_h, 1), (p_h, 0), (d_h, 1), self.groups)
-        return self._conv_forward(input, self.weight, self.bias) + change
+        whole: Tensor = self._conv_forward(input, self.weight, self.bias)
+        return whole + change
 
 
 def use_branches(network: nn.Module) -> None:

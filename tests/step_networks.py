@@ -141,10 +141,15 @@ def network(name: str, *, smooth: bool) -> nn.Module:
 
 
 def smoothed(net: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """The same layers with every kink replaced, in place; BN statistics follow."""
+    """The same layers with every kink replaced, in place; BN statistics follow.
+
+    BN scales are halved: gradients that grew from layer to layer would let rounding errors grow as well.
+    """
     for name, module in list(net.named_modules()):
         if type(module) in _SMOOTH:
             net.set_submodule(name, _SMOOTH[type(module)]())
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.data /= 2
         elif isinstance(module, nn.MaxPool2d):
             net.set_submodule(name, nn.AvgPool2d(module.kernel_size, module.stride, module.padding))
     if type(net) is DenseNet:
@@ -235,7 +240,7 @@ def _statistics(net: nn.Module, case: Case) -> dict[str, Tensor]:
     return {name: value for name, value in bn_tensors(net).items() if "running" in name}
 
 
-def batches(name: str, *, size: int = 6, steps: int = 10, lr: float = 0.02, seed: int = 0) -> list[Batch]:
+def batches(name: str, *, size: int = 6, steps: int = 10, lr: float = 0.1, seed: int = 0) -> list[Batch]:
     """The last one is smaller; the learning rate falls."""
     rng = np.random.default_rng(seed)
     shape, found = shape_of(name), []

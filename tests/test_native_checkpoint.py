@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from artifacts import Tiny
@@ -59,6 +61,15 @@ def test_writing_to_a_view_changes_those_bytes_and_no_others(content: bytes) -> 
 def test_what_is_no_such_file_is_refused(damage: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"not a checkpoint of onnxruntime-training 1\.19"):
         NativeCheckpoint(bytearray(damage))
+
+
+def test_a_position_before_the_file_is_refused(content: bytes) -> None:
+    """The table of fields may lie before its table, so its offset has a sign."""
+    broken = bytearray(content)
+    (root,) = struct.unpack_from("<I", broken, 0)
+    struct.pack_into("<i", broken, root, root + 8)
+    with pytest.raises(CheckpointError, match=r"it points to bytes -8\.\.-6 of"):
+        NativeCheckpoint(broken)
 
 
 @settings(max_examples=300)

@@ -227,3 +227,24 @@ def test_a_device_whose_graphs_hold_the_frozen_a_refuses_an_adapter_with_another
     with pytest.raises(AdapterError, match=r"late\.1\.lora_a .*export the artifact again"):
         finetune(artifact, data, tmp_path / "out", config, adapter=starts["lora_a"])
     finetune(artifact, data, tmp_path / "out", config, adapter=starts["lora_b"])
+
+
+@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-training"])
+def test_other_policies_of_batch_normalisation_train_in_part_too(
+    tmp_path: Path, policy: mf.BnPolicy, engine: EngineChoice
+) -> None:
+    net = Net()
+    net.middle[0] = nn.BatchNorm2d(8)
+    lora = LoraConfig(rank=2, freeze_a=True, blocks=("middle",))
+    config = ArtifactConfig(lora=lora, bn_policy=policy, engine=engine)
+    graph = export_graph(net.eval(), SPEC.shape)
+    write_artifact(graph, tmp_path / "artifact", name="net", spec=SPEC, class_names=NAMES, config=config)
+    data = local_images(tmp_path / "data.npz")
+    finetune(tmp_path / "artifact", data, tmp_path / "out", FinetuneConfig(epochs=2, batch_size=8))
+    before, after = (load_adapter(tmp_path / name / mf.ADAPTER).tensors for name in ("artifact", "out"))
+    assert {n for n in before if np.array_equal(before[n], after[n])} == {"middle.1.lora_a"}
+    attach_adapter(tmp_path / "out" / mf.ADAPTER, net)
+    images = random_inputs(SPEC, 3, seed=2)
+    expected = net.eval()(torch.from_numpy(images)).detach().numpy()
+    np.testing.assert_allclose(run_onnx(tmp_path / "out" / "fused.onnx", images), expected, atol=1e-4)

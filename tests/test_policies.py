@@ -15,6 +15,7 @@ from lorac_deploy.batchnorm import apply_policy, bn_tensors, recalibrate
 from lorac_deploy.folding import fold_batchnorm
 from lorac_deploy.lora import adapter_tensors, fuse, select_trainable
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
+from lorac_exporters.engine_files import EngineChoice
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import run_onnx, verify
@@ -27,6 +28,7 @@ from lorac_runtime.session import finetune
 
 SPEC = InputSpec("input", (3, 12, 12), 1 / 255, (0.5,) * 3, (0.25,) * 3)
 LR, STEPS = 0.05, 4
+pytestmark = pytest.mark.parametrize("kind", ["onnxruntime", "onnxruntime-training"])
 
 
 class Net(nn.Module):
@@ -69,16 +71,21 @@ def batches() -> list[tuple[np.ndarray, np.ndarray]]:
     return [(rng.standard_normal((n, 3, 12, 12)).astype(np.float32), rng.integers(0, 4, n)) for n in sizes]
 
 
-def engine_for(folder: Path, net: nn.Module, *, policy: BnPolicy, method: str, adapter: Path | None) -> Engine:
+def engine_for(
+    folder: Path, net: nn.Module, *, kind: EngineChoice, policy: BnPolicy, method: str, adapter: Path | None
+) -> Engine:
     config = ArtifactConfig(
         lora=LoraConfig(rank=1, rank_mode="r"),
         method=method,
         bn_policy=policy,
+        engine=kind,
         training=TrainingDefaults(optimizer="sgd", clip_norm=0.0),
     )
     graph = export_graph(net, SPEC.shape)
     write_artifact(graph, folder, name="net", spec=SPEC, class_names=tuple("abcd"), config=config, adapter=adapter)
-    return open_engine(folder, mf.load(folder))
+    engine = open_engine(folder, mf.load(folder))
+    assert engine.name == kind
+    return engine
 
 
 def prepared(net: nn.Module, policy: BnPolicy, method: str) -> nn.Module:
@@ -121,21 +128,33 @@ def check_outcome(net: nn.Module, engine: Engine, folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", ["lora-c", "full"])
-def test_frozen_steps_are_those_of_the_folded_network_in_pytorch(tmp_path: Path, method: str) -> None:
+def test_frozen_steps_are_those_of_the_folded_network_in_pytorch(
+    tmp_path: Path, kind: EngineChoice, method: str
+) -> None:
     folded = prepared(fold_batchnorm(network()), "frozen", method)
     save_module_adapter(tmp_path / "start.safetensors", folded, model="net")
     engine = engine_for(
-        tmp_path / "artifact", network(), policy="frozen", method=method, adapter=tmp_path / "start.safetensors"
+        tmp_path / "artifact",
+        network(),
+        kind=kind,
+        policy="frozen",
+        method=method,
+        adapter=tmp_path / "start.safetensors",
     )
     train_both(folded, engine)
     check_outcome(folded, engine, tmp_path / "artifact", tmp_path)
 
 
-def test_frozen_starts_from_an_unfolded_adapter_with_pytorchs_loss(tmp_path: Path) -> None:
+def test_frozen_starts_from_an_unfolded_adapter_with_pytorchs_loss(tmp_path: Path, kind: EngineChoice) -> None:
     net = prepared(network(), "frozen", "lora-c")
     save_module_adapter(tmp_path / "start.safetensors", net, model="net")
     engine = engine_for(
-        tmp_path / "artifact", network(), policy="frozen", method="lora-c", adapter=tmp_path / "start.safetensors"
+        tmp_path / "artifact",
+        network(),
+        kind=kind,
+        policy="frozen",
+        method="lora-c",
+        adapter=tmp_path / "start.safetensors",
     )
     images, labels = batches()[0]
     loss = nn.functional.cross_entropy(net(torch.from_numpy(images)), torch.from_numpy(labels)).item()
@@ -143,11 +162,16 @@ def test_frozen_starts_from_an_unfolded_adapter_with_pytorchs_loss(tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", ["lora-c", "full"])
-def test_batch_statistics_move_as_in_pytorch(tmp_path: Path, method: str) -> None:
+def test_batch_statistics_move_as_in_pytorch(tmp_path: Path, kind: EngineChoice, method: str) -> None:
     net = prepared(network(), "batch", method)
     save_module_adapter(tmp_path / "start.safetensors", net, model="net")
     engine = engine_for(
-        tmp_path / "artifact", network(), policy="batch", method=method, adapter=tmp_path / "start.safetensors"
+        tmp_path / "artifact",
+        network(),
+        kind=kind,
+        policy="batch",
+        method=method,
+        adapter=tmp_path / "start.safetensors",
     )
     train_both(net, engine)
     state = engine.state()
@@ -158,8 +182,10 @@ def test_batch_statistics_move_as_in_pytorch(tmp_path: Path, method: str) -> Non
     check_outcome(net, engine, tmp_path / "artifact", tmp_path)
 
 
-def test_recalibrated_statistics_and_the_steps_after_them_are_pytorchs(tmp_path: Path) -> None:
-    engine = engine_for(tmp_path / "artifact", network(), policy="recalibrate", method="lora-c", adapter=None)
+def test_recalibrated_statistics_and_the_steps_after_them_are_pytorchs(tmp_path: Path, kind: EngineChoice) -> None:
+    engine = engine_for(
+        tmp_path / "artifact", network(), kind=kind, policy="recalibrate", method="lora-c", adapter=None
+    )
     engine.recalibrate(images for images, _ in batches())
     net = network()
     recalibrate(net, (torch.from_numpy(images) for images, _ in batches()))
@@ -175,9 +201,9 @@ def test_recalibrated_statistics_and_the_steps_after_them_are_pytorchs(tmp_path:
 
 @pytest.mark.parametrize("policy", mf.BN_POLICIES)
 def test_an_exported_artifact_trains_and_fuses_into_a_drop_in_under_every_policy(
-    tmp_path: Path, policy: BnPolicy
+    tmp_path: Path, kind: EngineChoice, policy: BnPolicy
 ) -> None:
-    engine_for(tmp_path / "artifact", network(), policy=policy, method="lora-c", adapter=None)
+    engine_for(tmp_path / "artifact", network(), kind=kind, policy=policy, method="lora-c", adapter=None)
     rng = np.random.default_rng(5)
     labels = np.arange(40) % 4
     images = rng.integers(0, 120, (40, 12, 12, 3)).astype(np.uint8) + (30 * labels[:, None, None, None]).astype(

@@ -102,7 +102,7 @@ def prepare(tmp_path: Path, *, smooth: bool) -> tuple[nn.Module, Path]:
         name="resnet18",
         spec=SPEC,
         class_names=NAMES,
-        config=ArtifactConfig(lora=config, training=training),
+        config=ArtifactConfig(engine="onnxruntime-training", lora=config, training=training),
         adapter=adapter,
     )
     return adapted, tmp_path / "artifact"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from lorac_exporters.gradients.normalization import Statistics, write_out_batchn
 from lorac_exporters.gradients.optimizers import append_updates, groups, pack, state_names
 from lorac_exporters.gradients.reverse import differentiate
 from lorac_exporters.gradients.rules import RULES
-from lorac_exporters.gradients.tape import Tape, dims
+from lorac_exporters.gradients.tape import Dim, Tape, dims
 from lorac_exporters.graph_tools import name_of, remove_unused, save
 from lorac_exporters.graphs import Graphs
 from lorac_exporters.rewrites import rewrite_for_training
+from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import BASE, Adapter, TrainingDefaults
 
 Floats = npt.NDArray[np.float32]
@@ -87,10 +88,10 @@ def gradient_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfi
     forward = _forward(graphs, start, config, training=True)
     tape = forward.tape
     gradients = _packed_gradients(graphs, forward)
-    weight = tape.input("weight", ())
+    weight = _own_input(tape, "weight", ())
     outputs = {"loss": forward.loss}
     for index, gradient in enumerate(gradients):
-        before = tape.input(f"gradient.{index}", dims(gradient))
+        before = _own_input(tape, f"gradient.{index}", dims(gradient))
         weighted = tape.op("Mul", gradient, weight, like=gradient)
         outputs[f"gradient.{index}.next"] = tape.op("Add", before, weighted, like=gradient)
     return _finished(forward, outputs, _metadata(graphs, config))
@@ -146,7 +147,7 @@ def _loss(tape: Tape, training: TrainingDefaults) -> ir.Value:
     labels = None
     if training.loss != "entropy":
         batch, _, *pixels = dims(logits)
-        labels = tape.input("labels", (batch, *pixels), ir.DataType.INT64)
+        labels = _own_input(tape, "labels", (batch, *pixels), ir.DataType.INT64)
     return LOSSES[training.loss](tape, logits, labels, training.label_smoothing)
 
 
@@ -167,9 +168,9 @@ def _updated(
 ) -> dict[str, ir.Value]:
     """Outputs of the update, by name."""
     tape = forward.tape
-    lr, step = tape.input("lr", ()), tape.input("step", (), ir.DataType.INT64)
+    lr, step = _own_input(tape, "lr", ()), _own_input(tape, "step", (), ir.DataType.INT64)
     state = {
-        f"{name}.{k}": tape.input(f"{name}.{k}", dims(gradient))
+        f"{name}.{k}": _own_input(tape, f"{name}.{k}", dims(gradient))
         for name in state_names(settings)
         for k, gradient in enumerate(gradients)
     }
@@ -200,6 +201,7 @@ def _metadata(graphs: Graphs, config: StepConfig) -> dict[str, str]:
 def _finished(forward: Forward, outputs: Mapping[str, ir.Value], metadata: Mapping[str, str]) -> ir.Model:
     """The whole graph with its outputs under their names, and nothing in it that no output needs."""
     graph = forward.model.graph
+    _make_way(forward.tape, outputs)
     graph.outputs[:] = [_named(forward.tape, name, value) for name, value in outputs.items()]
     remove_unused(forward.model)
     forward.model.metadata_props.update(metadata)
@@ -215,3 +217,24 @@ def _named(tape: Tape, name: str, value: ir.Value) -> ir.Value:
         value = tape.op("Identity", value, like=value)
     value.name = name
     return value
+
+
+def _own_input(tape: Tape, name: str, shape: Sequence[Dim], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    """A new input that is no tensor of the model."""
+    _make_way(tape, {name: None})
+    return tape.input(name, shape, dtype)
+
+
+def _make_way(tape: Tape, owners: Mapping[str, ir.Value | None]) -> None:
+    """Let nothing but its owner have a name: other computed values get another one.
+
+    Raises ConversionError if it is the name of the model's own input, output or parameter.
+    """
+    graph = tape.graph
+    kept = [v for v in (*graph.inputs, *graph.initializers.values(), *graph.outputs) if v.name in owners]
+    names = [name_of(v) for v in kept if v is not owners[name_of(v)]]
+    if names:
+        raise ConversionError(listed("these names of the model belong to inputs and outputs of a step; rename:", names))
+    for value in (output for node in graph for output in node.outputs):
+        if value.name in owners and value is not owners[value.name]:
+            value.name = tape.fresh(value.name)

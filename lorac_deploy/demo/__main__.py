@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lorac_deploy.commands._common import guarded
+from lorac_deploy.demo.device import Device
 from lorac_deploy.demo.loop import prepare, run_loop
 from lorac_deploy.demo.results import broken_promises, plot, table
 
@@ -21,7 +22,13 @@ def parser() -> argparse.ArgumentParser:
         "--device-python",
         type=Path,
         default=Path(".envs/device/bin/python"),
-        help="Python of the environment without PyTorch (default: %(default)s)",
+        help="Python of the environment with onnxruntime and without PyTorch (default: %(default)s)",
+    )
+    p.add_argument(
+        "--training-python",
+        type=Path,
+        default=Path(".envs/device-training/bin/python"),
+        help="the same with onnxruntime-training (default: %(default)s)",
     )
     p.add_argument("--out", type=Path, default=Path("demo"), help="where to write (default: %(default)s)")
     return p
@@ -32,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; exit status 1 if a promise was not kept."""
     args = parser().parse_args(argv)
     console = Console()
-    prepare(args.out, args.device_python)
-    results = run_loop(args.out, args.device_python, console)
+    devices = (
+        Device("onnxruntime", args.device_python, "adapted"),
+        Device("onnxruntime-training", args.training_python, "adapted_training"),
+    )
+    prepare(args.out, devices)
+    results = run_loop(args.out, devices, console)
     (args.out / "summary.json").write_text(results.to_json(), encoding="utf-8")
     plot(results, args.out / "plot.png")
     console.print(table(results))

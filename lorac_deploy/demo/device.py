@@ -1,7 +1,8 @@
-"""The device's environment: another Python, with the runtime and one engine, and without PyTorch."""
+"""A device's environment: another Python, with the runtime and one engine, and without PyTorch."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -10,11 +11,23 @@ from lorac_deploy.demo import evaluate
 from lorac_runtime.errors import EngineError
 
 ABSENT = "No module named 'torch'"
+INSTALLERS = frozenset(
+    {"pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils"}
+)  # a device can do without
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """An engine, the Python that has it, and the folder below the demo's that its results go to."""
+
+    engine: str
+    python: Path
+    folder: str
 
 
 def require_no_torch(python: Path) -> None:
     """Raise EngineError unless ``python`` works, has `lorac_runtime`, and cannot import torch."""
-    advice = "`make device-env` creates .envs/device"
+    advice = "`make device-env` creates .envs/device and .envs/device-training"
     try:
         runtime = run(python, ["-c", "import lorac_runtime"])
     except OSError as err:
@@ -37,9 +50,23 @@ def accuracy(python: Path, model: Path, artifact: Path, data: Path) -> float:
 
 
 def installed_bytes(python: Path) -> int:
-    """Size of the environment of ``python``: all files below its folder."""
+    """Size of the environment of ``python``: all files below its folder but those of pip and setuptools."""
     files = (path for path in python.parent.parent.rglob("*") if path.is_file() and not path.is_symlink())
-    return sum(path.stat().st_size for path in files)
+    return sum(path.stat().st_size for path in files if not _installs(path))
+
+
+def _installs(path: Path) -> bool:
+    """Whether a file of an environment belongs to what installs packages.
+
+    >>> _installs(Path("e/lib/python3.11/site-packages/pip-24.0.dist-info/RECORD"))
+    True
+    >>> _installs(Path("e/lib/python3.11/site-packages/numpy/pip.py"))
+    False
+    """
+    parts = path.parts
+    if "site-packages" not in parts:
+        return False
+    return parts[parts.index("site-packages") + 1].split("-")[0] in INSTALLERS
 
 
 def environment() -> dict[str, str]:

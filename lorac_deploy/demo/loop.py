@@ -8,27 +8,31 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lorac_deploy.demo import device
+from lorac_deploy.demo.device import Device
 from lorac_deploy.demo.parts import PartsConfig, write_parts
-from lorac_deploy.demo.results import Results
+from lorac_deploy.demo.results import EngineRow, Results
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import LoracDeployError, OutputError
 
 FINETUNE = Path("runtime") / "ort_finetune.py"
-WRITTEN = {"data", "base", "artifact", "adapted", "plot.png", "summary.json"}
+WRITTEN = {"data", "base", "artifact", "adapted", "adapted_training", "plot.png", "summary.json"}
+CONDITIONS = ("clean", "drifted")
 
 
-def prepare(out: Path, device_python: Path) -> None:
-    """Check the device's environment, and empty ``out`` of what an earlier demo left.
+def prepare(out: Path, devices: Sequence[Device]) -> None:
+    """Check the devices' environments, and empty ``out`` of what an earlier demo left.
 
     Raises EngineError, or OutputError if ``out`` holds anything else or this is no checkout.
     """
-    device.require_no_torch(device_python)
+    for given in devices:
+        device.require_no_torch(given.python)
     foreign = {path.name for path in out.iterdir()} - WRITTEN if out.is_dir() else set()
     if foreign or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} holds what no demo wrote ({', '.join(sorted(foreign))}); choose another --out")
@@ -38,53 +42,72 @@ def prepare(out: Path, device_python: Path) -> None:
     out.mkdir(parents=True)
 
 
-def run_loop(out: Path, device_python: Path, console: Console) -> Results:
-    """Train, export, fine-tune, verify, evaluate; raises LoracDeployError if a step fails."""
+def run_loop(out: Path, devices: Sequence[Device], console: Console) -> Results:
+    """Train and export once; on each device fine-tune, verify, evaluate. Raises LoracDeployError if a step fails."""
     started = time.perf_counter()
-    data, artifact, adapted = out / "data", out / "artifact", out / "adapted"
     config = PartsConfig()
-    images = write_parts(data, config)
-    for heading, command in _steps(out, device_python):
+    images = write_parts(out / "data", config)
+    for heading, command in _preparations(out):
         console.rule(f"[bold]{heading}", align="left")
         _run(command, console)
-    console.rule("[bold]verify: is it a drop-in?", align="left")
-    drop_in = _verify(artifact / mf.BASE, adapted / "fused.onnx", console)
-    console.rule("[bold]evaluate, in plain onnxruntime", align="left")
-    accuracies = {
-        f"{name}_{condition}": device.accuracy(device_python, model, artifact, data / f"test_{condition}.npz")
-        for name, model in (("base", artifact / mf.BASE), ("adapted", adapted / "fused.onnx"))
-        for condition in ("clean", "drifted")
-    }
-    report: dict[str, Any] = json.loads((adapted / "report.json").read_text(encoding="utf-8"))
-    manifest = mf.load(artifact)
+    base = _accuracies(devices[0], out / "artifact" / mf.BASE, out)
+    rows = tuple(_adapted(out, given, console) for given in devices)
+    manifest = mf.load(out / "artifact")
     return Results(
-        **accuracies,
+        base_clean=base["clean"],
+        base_drifted=base["drifted"],
         trained_parameters=manifest.trained_parameters,
         model_parameters=manifest.model_parameters,
-        engine=report["engine"],
-        drop_in=drop_in,
-        losses=tuple(report["epoch_losses"]),
-        step_seconds=report["step_seconds"],
-        peak_memory_bytes=report["peak_memory_bytes"],
-        device_environment_bytes=device.installed_bytes(device_python),
+        engines=rows,
         images=images,
         drift=f"{config.drift}, severity {config.severity}",
         seconds=time.perf_counter() - started,
     )
 
 
-def _steps(out: Path, device_python: Path) -> list[tuple[str, list[str]]]:
-    """(what it is, the command) of the three steps that learn."""
+def _preparations(out: Path) -> list[tuple[str, list[str]]]:
+    """(what it is, the command) of what happens before any device is involved."""
     base, artifact = str(out / "base"), str(out / "artifact")
     train = ["lorac-deploy", "train", "--data", str(out / "data" / "base.npz"), "--model", "resnet18", "--cifar-stem"]
     train += ["--method", "full", "--out", base]
-    export = ["export-training-artifact", "--checkpoint", base, "--rank", "4", "--out", artifact]
-    finetune = [str(device_python), str(FINETUNE), artifact, "--data", str(out / "data" / "local.npz")]
-    return [
-        ("cloud: train the base in PyTorch", train),
-        ("build step: write the training artifact", export),
-        ("device, without PyTorch: fine-tune and fuse", [*finetune, "--seed", "0", "--out", str(out / "adapted")]),
-    ]
+    export = ["export-training-artifact", "--checkpoint", base, "--rank", "4", "--engine", "both", "--out", artifact]
+    return [("cloud: train the base in PyTorch", train), ("build step: write the training artifact", export)]
+
+
+def _adapted(out: Path, given: Device, console: Console) -> EngineRow:
+    """Fine-tune and fuse on a device, verify and evaluate what comes out."""
+    folder, base = out / given.folder, out / "artifact" / mf.BASE
+    console.rule(f"[bold]device, without PyTorch: fine-tune and fuse with {given.engine}", align="left")
+    started = time.perf_counter()
+    _run(_finetune(out, given), console)
+    seconds = time.perf_counter() - started
+    console.rule("[bold]verify: is it a drop-in?", align="left")
+    drop_in = _verify(base, folder / "fused.onnx", console)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    accuracies = _accuracies(given, folder / "fused.onnx", out)
+    return EngineRow(
+        engine=report["engine"],
+        adapted_clean=accuracies["clean"],
+        adapted_drifted=accuracies["drifted"],
+        drop_in=drop_in,
+        losses=tuple(report["epoch_losses"]),
+        step_seconds=report["step_seconds"],
+        peak_memory_bytes=report["peak_memory_bytes"],
+        device_environment_bytes=device.installed_bytes(given.python),
+        finetune_seconds=seconds,
+        versions=report["versions"],
+    )
+
+
+def _finetune(out: Path, given: Device) -> list[str]:
+    command = [str(given.python), str(FINETUNE), str(out / "artifact"), "--data", str(out / "data" / "local.npz")]
+    return [*command, "--engine", given.engine, "--seed", "0", "--out", str(out / given.folder)]
+
+
+def _accuracies(given: Device, model: Path, out: Path) -> dict[str, float]:
+    """Accuracy of ``model`` on the clean and on the drifted images, in plain onnxruntime, without PyTorch."""
+    artifact, data = out / "artifact", out / "data"
+    return {c: device.accuracy(given.python, model, artifact, data / f"test_{c}.npz") for c in CONDITIONS}
 
 
 def _verify(base: Path, fused: Path, console: Console) -> bool:

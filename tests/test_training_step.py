@@ -1,0 +1,453 @@
+"""The files of the engine `onnxruntime`: their contract, and that several routes through them give one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from exporter_graphs import from_text, numbers
+from step_networks import (
+    Case,
+    batches,
+    carried_over,
+    distances,
+    first_state,
+    graphs_of,
+    in_graph,
+    in_pytorch,
+    prepared,
+    relative,
+    run,
+    session,
+    starting,
+    step_config,
+    step_graph,
+)
+
+from lorac_exporters.artifact import ArtifactConfig, write_artifact
+from lorac_exporters.branches import form_of
+from lorac_exporters.external import WEIGHTS
+from lorac_exporters.gradients.optimizers import state_names
+from lorac_exporters.gradients.tape import dims
+from lorac_exporters.graph_tools import name_of, nodes_of, to_bytes
+from lorac_exporters.graphs import Graphs, build_graphs
+from lorac_exporters.inject import starting_values
+from lorac_exporters.patch_table import initializer_offsets
+from lorac_exporters.plan import LoraConfig
+from lorac_exporters.training_step import (
+    EVAL,
+    GRADIENT,
+    OPTIMIZER,
+    TRAIN,
+    StepConfig,
+    eval_step,
+    gradient_step,
+    optimizer_step,
+    train_step,
+    write,
+)
+from lorac_runtime.errors import ConversionError
+from lorac_runtime.manifest import BASE, InputSpec, Trainable, TrainingDefaults
+
+SGD = TrainingDefaults(optimizer="sgd", momentum=0.9, clip_norm=0.0)
+PLAIN_SGD = TrainingDefaults(optimizer="sgd", clip_norm=0.25)
+ADAMW = TrainingDefaults(weight_decay=0.01, clip_norm=0.5)
+AMSGRAD = TrainingDefaults(amsgrad=True)
+FROZEN, BATCH = Case(), Case(ADAMW, policy="batch")
+CASES = {
+    "sgd": FROZEN,
+    "sgd without momentum": Case(PLAIN_SGD),
+    "adamw, batch": BATCH,
+    "amsgrad": Case(AMSGRAD),
+    "full": Case(method="full"),
+    "head": Case(method="head"),
+    "frozen factors": Case(lora=LoraConfig(rank=2, freeze_a=True)),
+    "learned alpha": Case(lora=LoraConfig(rank=2, learnable_alpha=True)),
+    "entropy": Case(dataclasses.replace(SGD, loss="entropy")),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """An engine's files with the network that they were made from."""
+
+    folder: Path
+    names: tuple[str, ...]
+    case: Case
+    net: torch.nn.Module
+    start: dict[str, np.ndarray]
+    graphs: Graphs
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        return {t.name: t.shape for t in self.graphs.plan.trainables}
+
+    def signature(self, file: str) -> tuple[dict[str, tuple[object, ...]], set[str]]:
+        """Inputs with their shapes, names of outputs, as onnxruntime tells them."""
+        graph = session(self.folder / file)
+        return {i.name: tuple(i.shape) for i in graph.get_inputs()}, {o.name for o in graph.get_outputs()}
+
+
+Make = Callable[[str], Written]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    @functools.cache
+    def make(name: str) -> Written:
+        return write_small(CASES[name], tmp_path_factory.mktemp("steps"))
+
+    return make
+
+
+def write_small(case: Case, folder: Path) -> Written:
+    net = prepared("small", case, smooth=True)
+    graphs, start = graphs_of("small", case, smooth=True), starting(net, case)
+    ir.save(graphs.base.model, folder / BASE)
+    return Written(folder, write(graphs, folder, start=start, config=step_config(case)), case, net, start, graphs)
+
+
+def one_group(written: Written, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The small network has a single packed vector."""
+    return {f"{prefix}.0": (sum(int(np.prod(shape)) for shape in written.trained.values()),)}
+
+
+def statistics(written: Written) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in written.start.items() if "running_" in name}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_train_step_takes_and_gives_what_the_contract_says(written: Make, name: str) -> None:
+    made = written(name)
+    inputs, outputs = made.signature(TRAIN)
+    state = {k: v for kind in state_names(made.case.training) for k, v in one_group(made, kind).items()}
+    moving = {**made.trained, **statistics(made), **state, "step": ()}
+    labels = {} if name == "entropy" else {"labels": ("batch",)}
+    assert inputs == {"input": ("batch", 3, 12, 12), **labels, "lr": (), **moving}
+    assert outputs == {"loss", "gradient_norm", *(f"{tensor}.next" for tensor in moving)}
+    assert bool(statistics(made)) == (made.case.policy == "batch")
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd without momentum", "amsgrad", "frozen factors"])
+def test_micro_batches_have_a_graph_for_gradients_and_one_for_the_update(written: Make, name: str) -> None:
+    made = written(name)
+    gradient = one_group(made, "gradient")
+    inputs, outputs = made.signature(GRADIENT)
+    assert inputs == {"input": ("batch", 3, 12, 12), "labels": ("batch",), "weight": (), **made.trained, **gradient}
+    assert outputs == {"loss", *(f"{tensor}.next" for tensor in gradient)}
+    state = {k: v for kind in state_names(made.case.training) for k, v in one_group(made, kind).items()}
+    inputs, outputs = made.signature(OPTIMIZER)
+    moving = {**made.trained, **state, "step": ()}
+    assert inputs == {**gradient, **moving, "lr": ()}
+    assert outputs == {"gradient_norm", *(f"{tensor}.next" for tensor in moving)}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw, batch", "entropy"])
+def test_an_eval_step_gives_loss_and_logits(written: Make, name: str) -> None:
+    made = written(name)
+    labels = {} if name == "entropy" else {"labels": ("batch",)}
+    inputs, outputs = made.signature(EVAL)
+    assert inputs == {"input": ("batch", 3, 12, 12), **labels, **made.trained, **statistics(made)}
+    assert outputs == {"loss", "logits"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_written_is_named_and_nothing_else_is_there(written: Make, name: str) -> None:
+    made = written(name)
+    expected = {TRAIN, EVAL, OPTIMIZER, *((WEIGHTS,) if made.case.policy == "batch" else (GRADIENT,))}
+    assert set(made.names) == expected
+    assert {path.name for path in made.folder.iterdir()} == {BASE, *expected}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_are_plain_onnx_of_ir_version_9_and_opset_18(written: Make, name: str) -> None:
+    made = written(name)
+    for file in (n for n in made.names if n.endswith(".onnx")):
+        onnx.checker.check_model(made.folder / file, full_check=True)
+        model = onnx.load(made.folder / file, load_external_data=False)
+        assert (model.ir_version, [(o.domain, o.version) for o in model.opset_import]) == (9, [("", 18)])
+        assert {node.domain for node in model.graph.node} == {""}
+        assert not model.functions
+
+
+@pytest.mark.parametrize("name", ["sgd", "amsgrad", "full"])
+def test_metadata_say_the_optimizer_and_which_tensors_share_a_vector(written: Make, name: str) -> None:
+    made = written(name)
+    for file in (TRAIN, GRADIENT, OPTIMIZER):
+        found = session(made.folder / file).get_modelmeta().custom_metadata_map
+        assert json.loads(found["lorac.groups"]) == [list(made.trained)]
+        assert found["lorac.optimizer"] == made.case.training.optimizer
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frozen_weights_lie_outside_and_adapters_that_do_not_train_inside(written: Make, name: str) -> None:
+    made = written(name)
+    for file in (n for n in made.names if n.endswith(".onnx")):
+        outside, inside = stored(made.folder / file)
+        for tensor, (location, content) in outside.items():
+            assert content == made.graphs.trained.values[tensor].tobytes()
+            same = np.array_equal(made.graphs.base.values.get(tensor), made.graphs.trained.values[tensor])
+            assert location == (BASE if same else WEIGHTS), tensor
+        frozen = {k for k, v in made.graphs.trained.values.items() if v.ndim and k not in made.start}
+        assert outside.keys() == (frozen if file != OPTIMIZER else set())
+        fixed = {n: int(np.prod(shape)) for n, shape in made.graphs.plan.fixed.items()}
+        assert {k: v for k, v in inside.items() if v > 16} == (fixed if file != OPTIMIZER else {})
+
+
+def stored(path: Path) -> tuple[dict[str, tuple[str, bytes]], dict[str, int]]:
+    """Initializers in other files, as (file, bytes), and sizes of the float vectors, matrices, ... inside."""
+    outside, inside = {}, {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            start, length = int(place["offset"]), int(place["length"])
+            content = (path.parent / place["location"]).read_bytes()[start : start + length]
+            outside[tensor.name] = (place["location"], content)
+        elif tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims:
+            inside[tensor.name] = int(np.prod(tensor.dims))
+    return outside, inside
+
+
+def test_weights_bin_holds_once_what_base_onnx_does_not_hold(written: Make) -> None:
+    made = written("adamw, batch")
+    found = [stored(made.folder / file)[0] for file in (TRAIN, EVAL)]
+    apart = {n: len(content) for files in found for n, (location, content) in files.items() if location == WEIGHTS}
+    assert {"conv2.weight", "bn1.bias"} <= apart.keys()
+    assert (made.folder / WEIGHTS).stat().st_size == sum(apart.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_value_has_the_shape_that_the_graph_says(written: Make, name: str) -> None:
+    made = written(name)
+    model = train_step(made.graphs, made.start, step_config(made.case))
+    values = {name_of(o): o for node in model.graph for o in node.outputs}
+    carried = first_state(session(model), made.start)
+    model.graph.outputs[:] = values.values()
+    images, labels, lr = batches("small")[0]
+    found = run(session(model), {"input": images, "labels": labels, "lr": np.float32(lr), **carried})
+    assert len(found) > 40
+    for value_name, value in found.items():
+        known = dims(values[value_name])
+        assert len(known) == value.ndim, value_name
+        for axis, size in zip(known, value.shape, strict=True):
+            assert axis == size or axis is None or (axis == "batch" and size == len(images)), value_name
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw, batch", "learned alpha", "frozen factors", "entropy"])
+def test_the_eval_step_is_pytorchs_network_with_its_adapter(written: Make, name: str) -> None:
+    made = written(name)
+    images, labels, _ = batches("small")[0]
+    found = run(session(made.folder / EVAL), {"input": images, "labels": labels, **made.start})
+    with torch.no_grad():
+        logits = made.net.eval()(torch.from_numpy(images))
+    made.net.train()
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+    if name == "entropy":
+        loss = torch.distributions.Categorical(logits=logits).entropy().mean()
+    np.testing.assert_allclose(found["logits"], logits.numpy(), atol=1e-5)
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    base = run(session(made.folder / BASE), {"input": images})["logits"]
+    assert np.abs(found["logits"] - base).max() > 1e-3
+
+
+def test_the_loss_entropy_is_stepped_as_in_pytorch(written: Make) -> None:
+    made = written("entropy")
+    given = batches("small", steps=3, lr=0.1)
+    found = in_graph(session(made.folder / TRAIN), made.start, given)
+    expected = in_pytorch(made.net, made.case, given, torch.float64)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert max(distances(found, expected).values()) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 2, 13])
+def test_one_file_serves_batches_of_any_size(written: Make, size: int) -> None:
+    made = written("sgd")
+    given = batches("small", size=size + 2, steps=1)  # the last batch of a run is smaller by two
+    assert len(given[0][1]) == size
+    found = in_graph(session(made.folder / TRAIN), made.start, given)
+    expected = in_pytorch(made.net, made.case, given, torch.float64)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert max(distances(found, expected).values()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd without momentum", "amsgrad", "full"])
+def test_two_micro_batches_and_an_update_are_one_train_step(written: Make, name: str) -> None:
+    made = written(name)
+    ((images, labels, lr),) = batches("small", size=9, steps=1)
+    step, part, update = (session(made.folder / file) for file in (TRAIN, GRADIENT, OPTIMIZER))
+    state = first_state(step, made.start)
+    whole = run(step, {"input": images, "labels": labels, "lr": np.float32(lr), **state})
+    gradient, losses = first_state(part, {}), []
+    for piece, share in ((slice(0, 3), 3 / 7), (slice(3, 7), 4 / 7)):
+        feed = {"input": images[piece], "labels": labels[piece], "weight": np.float32(share), **made.start, **gradient}
+        found = run(part, feed)
+        losses.append(share * found["loss"])
+        gradient = carried_over(found)
+    updated = run(update, {"lr": np.float32(lr), **state, **gradient})
+    assert sum(losses) == pytest.approx(whole["loss"], rel=1e-6)
+    assert updated["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-5)
+    assert updated["step.next"] == whole["step.next"] == 1
+    for tensor in carried_over(whole):
+        assert relative(updated[f"{tensor}.next"], whole[f"{tensor}.next"]) <= 1e-5, tensor
+
+
+def test_the_norm_is_that_before_clipping(written: Make) -> None:
+    made = written("sgd without momentum")
+    ((images, labels, _),) = batches("small", steps=1)
+    step = session(made.folder / TRAIN)
+    feed = {"input": images, "labels": labels, "lr": np.float32(1), **first_state(step, made.start)}
+    found = run(step, feed)
+    moved = [found[f"{name}.next"] - made.start[name] for name in made.trained]
+    assert np.sqrt(sum((m.astype(float) ** 2).sum() for m in moved)) == pytest.approx(0.25, rel=1e-4)
+    expected = in_pytorch(made.net, made.case, [(images, labels, 1.0)], torch.float64)
+    assert found["gradient_norm"] == pytest.approx(expected.norms[0], rel=1e-5)
+    assert found["gradient_norm"] > 0.5
+
+
+def test_nothing_is_computed_below_the_head_where_it_alone_trains(written: Make) -> None:
+    made = written("head")
+    train, evaluate = (
+        make(made.graphs, made.start, step_config(made.case)).graph for make in (train_step, eval_step)
+    )
+    assert len(nodes_of(train, "Conv")) == len(nodes_of(evaluate, "Conv")) == 4
+    assert len(nodes_of(train, "Tanh")) == len(nodes_of(evaluate, "Tanh")) == 3
+    # forward to the logits, a matrix product for the gradient of fc.weight, the loss and the update
+    assert len(train) <= len(evaluate) + 30
+
+
+def test_nothing_is_computed_below_the_lowest_block_that_trains() -> None:
+    case = Case(lora=LoraConfig(rank=2, blocks=("conv4",)))
+    graphs = graphs_of("small", case, smooth=True)
+    start = starting_values(graphs.plan, graphs.base.values, seed=0)
+    graph = train_step(graphs, start, step_config(case)).graph
+    readers = {name: len(graph.initializers[f"{name}.weight"].uses()) for name in ("conv1", "conv2", "conv3", "conv4")}
+    assert readers == {"conv1": 1, "conv2": 1, "conv3": 1, "conv4": 1}
+
+
+def test_the_gradient_of_the_images_is_never_computed(written: Make) -> None:
+    made = written("full")
+    inputs = train_step(made.graphs, made.start, step_config(made.case)).graph.inputs
+    uses = {value.name: len(value.uses()) for value in inputs}
+    assert uses["conv1.weight"] == 2  # the forward pass and the update
+    assert uses["conv2.weight"] >= 3  # and the gradient of its input
+
+
+CLASHING = """
+    w = Conv <pads = [1, 1, 1, 1]> (x, stem.weight)  loss = Relu (w)  gradient_norm = Neg (loss)
+    g = GlobalAveragePool (gradient_norm)  step = Flatten (g)  y = Gemm <transB = 1> (step, fc.weight, fc.bias)
+"""
+
+
+def test_values_of_a_model_that_have_names_of_the_contract_give_way() -> None:
+    model = from_text(CLASHING, weights=numbers(stem_weight=(8, 3, 3, 3), fc_weight=(5, 8), fc_bias=(5,)))
+    settings = {"spec": SPEC, "classes": 5, "new_head": False, "method": "full", "lora": LoraConfig()}
+    graphs = build_graphs(model, policy="frozen", **settings)
+    start = starting_values(graphs.plan, graphs.base.values, seed=0)
+    step = session(train_step(graphs, start, step_config(FROZEN)))
+    images = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    labels = np.arange(4)
+    found = run(step, {"x": images, "labels": labels, "lr": np.float32(0), **first_state(step, start)})
+    logits = run(session(graphs.base.model), {"x": images})["y"]
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("taken", ["labels", "lr", "step", "weight", "momentum.0", "loss", "gradient_norm"])
+def test_a_parameter_that_has_a_name_of_the_contract_is_refused(taken: str) -> None:
+    body = CLASHING.replace("stem.weight", "mine").replace(f"{taken} =", "other =").replace(f"({taken}", "(other")
+    model = from_text(body, weights=numbers(mine=(8, 3, 3, 3), fc_weight=(5, 8), fc_bias=(5,)))
+    settings = {"spec": SPEC, "classes": 5, "new_head": False, "method": "head", "lora": LoraConfig()}
+    graphs = build_graphs(model, policy="frozen", **settings)
+    graphs.base.model.graph.initializers["mine"].name = taken
+    start = starting_values(graphs.plan, graphs.base.values, seed=0)
+    with pytest.raises(ConversionError, match=rf"names of the model .*\n  - {taken}"):
+        (gradient_step if taken == "weight" else train_step)(graphs, start, step_config(FROZEN))
+
+
+BODY = """
+    a = Conv <pads = [1, 1, 1, 1]> (x, stem.weight)  b = Round (a)  c = Relu (b)  d = Conv (c, mid.weight)
+    e = Sign (d)  g = GlobalAveragePool (e)  f = Flatten (g)  y = Gemm <transB = 1> (f, fc.weight, fc.bias)
+"""
+SHAPES = {"stem_weight": (8, 3, 3, 3), "mid_weight": (8, 8, 3, 3), "fc_weight": (5, 8), "fc_bias": (5,)}
+SPEC = InputSpec("x", (3, 8, 8), 1 / 255, (0.5,) * 3, (0.25,) * 3)
+
+
+def test_operators_without_a_rule_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model = from_text(BODY, weights=numbers(**SHAPES))
+    with pytest.raises(ConversionError, match=r"(?s)Round '.*Sign '"):
+        write_artifact(
+            model,
+            tmp_path / "artifact",
+            name="steps",
+            spec=SPEC,
+            class_names=tuple("abcde"),
+            config=ArtifactConfig(lora=LoraConfig(rank=1), engine="onnxruntime"),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_writer_itself_names_them_before_it_writes(tmp_path: Path) -> None:
+    settings = {"spec": SPEC, "classes": 5, "new_head": False, "method": "full", "lora": LoraConfig()}
+    graphs = build_graphs(from_text(BODY, weights=numbers(**SHAPES)), policy="frozen", **settings)
+    ir.save(graphs.base.model, tmp_path / BASE)
+    start = starting_values(graphs.plan, graphs.base.values, seed=0)
+    with pytest.raises(ConversionError, match=r"(?s)Round '.*Sign '"):
+        write(graphs, tmp_path, start=start, config=StepConfig(SGD, form_of("auto")))
+    assert [path.name for path in tmp_path.iterdir()] == [BASE]
+
+
+@pytest.mark.parametrize("make", [train_step, gradient_step])
+def test_tensors_that_no_gradient_reaches_are_named(make) -> None:  # type: ignore[no-untyped-def]
+    graphs = graphs_of("small", FROZEN, smooth=True)
+    apart = (Trainable("apart", (3,), "weight"), Trainable("aside", (2,), "bias"))
+    plan = dataclasses.replace(graphs.plan, trainables=(*graphs.plan.trainables, *apart))
+    start = starting(prepared("small", FROZEN, smooth=True), FROZEN)
+    with pytest.raises(ConversionError, match=r"(?s)no gradient reaches these tensors.*apart.*aside") as caught:
+        make(dataclasses.replace(graphs, plan=plan), start, step_config(FROZEN))
+    assert "fc.weight" not in str(caught.value)
+
+
+def test_large_tensors_have_vectors_of_their_own() -> None:
+    plan = graphs_of("small", FROZEN, smooth=True).plan
+    large = (Trainable("large", (512, 1024), "weight"), Trainable("larger", (1 << 20,), "weight"))
+    graphs = dataclasses.replace(
+        graphs_of("small", FROZEN, smooth=True), plan=dataclasses.replace(plan, trainables=(*large, *plan.trainables))
+    )
+    model = optimizer_step(graphs, step_config(FROZEN))
+    shapes = {i.name: dims(i) for i in model.graph.inputs}
+    small = sum(int(np.prod(t.shape)) for t in plan.trainables)
+    for kind in ("gradient", "momentum"):
+        assert [shapes[f"{kind}.{k}"] for k in range(3)] == [(small,), (1 << 19,), (1 << 20,)]
+    groups = json.loads(model.metadata_props["lorac.groups"])
+    assert groups == [[t.name for t in plan.trainables], ["large"], ["larger"]]
+
+
+@pytest.mark.slow
+def test_the_step_of_a_resnet18_adds_little_to_its_base(tmp_path: Path) -> None:
+    case = Case(ADAMW, lora=LoraConfig(rank=4))
+    graphs = graphs_of("resnet18", case, smooth=False)
+    ir.save(graphs.base.model, tmp_path / BASE)
+    start = starting_values(graphs.plan, graphs.base.values, seed=0)
+    names = write(graphs, tmp_path, start=start, config=step_config(case))
+    sizes = {name: (tmp_path / name).stat().st_size for name in names}
+    assert sizes[TRAIN] <= 400_000
+    assert sum(sizes.values()) <= 1_000_000
+    assert (tmp_path / BASE).stat().st_size > 40_000_000
+    onnx.checker.check_model(tmp_path / TRAIN, full_check=True)
+
+
+def test_steps_from_the_files_are_those_of_the_graph_in_memory(written: Make) -> None:
+    made = written("adamw, batch")
+    given = batches("small", steps=3)
+    files = in_graph(session(made.folder / TRAIN), made.start, given)
+    memory = in_graph(step_graph("small", made.case, made.start, smooth=True), made.start, given)
+    assert files.losses == memory.losses
+    assert all(np.array_equal(files.tensors[n], memory.tensors[n]) for n in memory.tensors)
