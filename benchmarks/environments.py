@@ -17,7 +17,7 @@ PROJECT = "project"
 RUNTIME = "bench-ort"
 ONNXSIM = "bench-onnxsim"
 PACKAGES: dict[str, tuple[str, ...]] = {
-    RUNTIME: ("onnxruntime", "numpy>=2", "safetensors", "./runtime"),
+    RUNTIME: ("onnxruntime", "numpy>=2", "-e", "./runtime"),  # editable: what is measured is this checkout
     ONNXSIM: ("onnxsim==0.8.1", "onnxruntime", "numpy>=2", "safetensors"),
 }
 NAMES = (PROJECT, *PACKAGES)
@@ -46,7 +46,8 @@ def create(name: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", str(_folder(name))], check=True)
     interpreter = _folder(name) / "bin" / "python"
     install = [str(interpreter), "-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check"]
-    subprocess.run([*install, *PACKAGES[name]], check=True, cwd=ROOT)
+    subprocess.run([*install, "setuptools>=77"], check=True)
+    subprocess.run([*install, "--no-build-isolation", *PACKAGES[name]], check=True, cwd=ROOT)
     return interpreter
 
 

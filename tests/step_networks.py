@@ -358,6 +358,16 @@ def distances(found: Outcome, exact: Outcome) -> dict[str, float]:
     return {n: relative(found.tensors[n], value) for n, value in exact.tensors.items()}
 
 
+def changes(found: Outcome, exact: Outcome, start: Arrays) -> dict[str, float]:
+    """For every tensor of ``start``: how far it is from ``exact``, relative in norm to how far that one moved.
+
+    What float32 cannot hold is forgiven: a distance of 1e-4 includes 4e-7 of the tensor itself.
+    """
+    errors = {n: np.linalg.norm(v - exact.tensors[n]) for n, v in found.tensors.items() if n in start}
+    moved = {n: np.linalg.norm(exact.tensors[n] - start[n]) for n in errors}
+    return {n: float(e / (moved[n] + 4e-3 * np.linalg.norm(exact.tensors[n]))) for n, e in errors.items()}
+
+
 def relative(found: np.ndarray, exact: np.ndarray) -> float:
     assert found.shape == exact.shape
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import doctest
 import importlib
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,10 @@ def test_a_competitor_on_other_data_is_reported_and_one_that_fails_is_refused_wi
 
 
 def test_a_worker_that_ends_leaves_its_last_words() -> None:
-    with Worker(Path(sys.executable), "benchmarks.no_such_module", Job("", "", 1, {})) as worker:
-        with pytest.raises(WorkerError, match=r"ended with status 1: .*No module named benchmarks.no_such_module"):
-            worker.ask("hello")
+    text = r"ended with status 1: .*No module named benchmarks.no_such_module"
+    worker = Worker(Path(sys.executable), "benchmarks.no_such_module", Job("", "", 1, {}))
+    with worker, pytest.raises(WorkerError, match=text):
+        worker.ask("hello")
 
 
 def recorder(log: list[str], name: str) -> Callable[[], list[float]]:
@@ -218,10 +220,10 @@ def test_wrong_options_are_refused(arguments: list[str], text: str, capsys: pyte
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A checkout where no environment has been made."""
     monkeypatch.setattr(environments, "ROOT", tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def test_an_environment_that_lacks_is_named_with_the_command(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,8 @@ def build_graphs(
 ) -> Graphs:
     """Canonical graphs and the plan. Whether an engine can train them, `engine_files.chosen` tells.
 
-    Raises ConversionError if the classifier has another width than ``classes`` and no new one is wanted, or ``lora.blocks`` are not in this network.
+    Raises ConversionError if the classifier has another width than ``classes`` and no new one is
+    wanted, or ``lora.blocks`` are not in this network.
     """
     base, original = canonicalize(model), canonicalize(model, fold=False)
     if new_head:

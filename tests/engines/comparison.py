@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime.adapter import load_adapter
-from lorac_runtime.manifest import ADAPTER
+from lorac_runtime.manifest import ADAPTER, load
+from lorac_runtime.patch import batchnorm_tensors
 
 LOSS, CHANGE = 1e-4, 1e-3  # relative: each step's loss; each tensor's change, by its norm
 Arrays = dict[str, npt.NDArray[Any]]
@@ -45,6 +46,7 @@ def read(artifact: Path, out: Path) -> Outcome:
     """The outcome of a finished run. Raises OSError or a LoracDeployError where it is not finished."""
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     start, end = (load_adapter(folder / ADAPTER).tensors for folder in (artifact, out))
+    start = batchnorm_tensors(artifact, load(artifact)) | start
     changes = {name: value.astype(np.float64) - start[name] for name, value in end.items()}
     return Outcome(tuple(report["losses"]), changes, report["versions"], report["step_seconds"])
 
@@ -57,13 +59,19 @@ def compare(found: Outcome, expected: Outcome) -> Deviation:
             f"{len(expected.losses)} and {len(expected.changes)}"
         )
     losses = np.abs(np.subtract(found.losses, expected.losses)) / np.abs(expected.losses)
-    distances = {n: float(np.linalg.norm(found.changes[n] - c)) for n, c in expected.changes.items()}
-    norms = {n: float(np.linalg.norm(c)) for n, c in expected.changes.items()}
-    if min(norms.values()) == 0:
-        raise ValueError(f"nothing trained {', '.join(n for n, norm in norms.items() if norm == 0)}")
-    relative = {n: distances[n] / norms[n] for n in norms}
+    if not any(np.any(change) for change in expected.changes.values()):
+        raise ValueError("the run compared with changed no tensor, so it shows nothing")
+    relative = {name: _distance(found.changes[name], change) for name, change in expected.changes.items()}
     worst = max(relative, key=lambda n: (np.isnan(relative[n]), relative[n]))
     return Deviation(float(losses.max()), relative[worst], worst)
+
+
+def _distance(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    """||found - expected|| / ||expected||; where nothing should change, 0 or infinity."""
+    distance, norm = np.linalg.norm(found - expected), np.linalg.norm(expected)
+    if norm == 0:
+        return 0.0 if distance == 0 else float("inf")
+    return float(distance / norm)
 
 
 def version_problem(name: str, versions: dict[str, str]) -> str | None:

@@ -133,7 +133,9 @@ class OnnxRuntimeTraining:
 
     def load_state(self, tensors: Mapping[str, Array]) -> None:
         """See `Engine.load_state`."""
-        values = ts.checked_tensors(tensors, self.state(), needed=self._trained, fixed={})
+        current = self.state()
+        fixed = {n: current[n] for n in fixed_tensors(self._manifest.adapters, self._manifest.trainables)}
+        values = ts.checked_tensors(tensors, current, needed=self._trained, fixed=fixed)
         self._change_batchnorm({n: values.pop(n, v) for n, v in self._batchnorm.tensors.items()})
         self._set(values)
 
