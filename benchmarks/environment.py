@@ -7,7 +7,7 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("numpy", "torch", "onnx", "onnxruntime-training-cpu", "onnxruntime", "safetensors")
+PACKAGES = ("numpy", "torch", "onnx", "onnxruntime-training-cpu", "onnxruntime", "onnxsim", "safetensors")
 
 
 def environment() -> dict[str, object]:

@@ -23,6 +23,7 @@ from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.manifest import InputSpec
 
 CLASSES = 10
+CALIBRATION = 16  # images
 
 
 class Case:
@@ -35,7 +36,8 @@ class Case:
         self.model, self.folder = model, folder
         folder.mkdir(parents=True)
         self._spec = InputSpec("input", (3, size, size), 1 / 255, (0.5,) * 3, (0.25,) * 3)
-        module = build(ModelSpec(model, classes=CLASSES, cifar_stem=MODELS[model].small_stem is not None)).eval()
+        module = build(ModelSpec(model, classes=CLASSES, cifar_stem=MODELS[model].small_stem is not None))
+        calibrate(module, self._spec.shape)
         self._graph = export_graph(module, self._spec.shape)
         torch.save(without_torchvision(fold_batchnorm(module)), folder / NETWORK)
         self.simplified: dict[str, list[int]] = {}  # nodes before and after, by graph
@@ -75,6 +77,21 @@ class Case:
             images = rng.standard_normal((count, *self._spec.shape)).astype(np.float32)
             np.savez(path, images=images, labels=rng.integers(0, CLASSES, count))
         return path
+
+
+def calibrate(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Give BN layers the statistics of random images, in place, and leave the network in evaluation mode.
+
+    With those of a fresh network, activations of deep ones fade until gradients are subnormal numbers, which are slow.
+    """
+    norms = [(m, m.momentum) for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm, _ in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        module.train()(torch.randn(CALIBRATION, *shape, generator=torch.Generator().manual_seed(0)))
+    for norm, momentum in norms:
+        norm.momentum = momentum
+    module.eval()
 
 
 def without_torchvision(module: nn.Module) -> nn.Module:

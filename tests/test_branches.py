@@ -94,6 +94,13 @@ LAYERS = {
     "1-D": Layer(kernel=(3,), size=(9,), begins=(1,), ends=(1,)),
     "1-D, groups, stride 2": Layer(kernel=(4,), size=(9,), groups=2, strides=(2,), begins=(2,)),
     "1-D, one tap": Layer(kernel=(1,), size=(9,)),
+    "shifts": Layer(c_in=9, c_out=10, begins=(1, 1), ends=(1, 1), rank=1),
+    "shifts, 5x3, stride 2x1": Layer(
+        kernel=(5, 3), c_in=9, c_out=15, strides=(2, 1), begins=(1, 0), ends=(3, 2), rank=1
+    ),
+    "shifts, stride 2, rank 2": Layer(c_in=9, c_out=8, strides=(2, 2), begins=(1, 1), ends=(1, 1), rank=2),
+    "shifts, dilation 2x1": Layer(c_in=16, c_out=17, dilations=(2, 1), begins=(2, 0), ends=(1, 1), rank=2),
+    "shifts, 1-D": Layer(kernel=(3,), size=(9,), c_in=8, begins=(1,), ends=(1,), rank=1),
 }
 
 
@@ -151,7 +158,14 @@ def test_a_learned_alpha_scales_the_adapter_and_gets_its_gradient(layout: Layout
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     axes = draw(st.integers(1, 2))
-    limits = {"size": (3, 8), "kernel": (1, 4), "strides": (1, 3), "dilations": (1, 2), "begins": (0, 3), "ends": (0, 3)}
+    limits = {
+        "size": (3, 8),
+        "kernel": (1, 4),
+        "strides": (1, 3),
+        "dilations": (1, 2),
+        "begins": (0, 3),
+        "ends": (0, 3),
+    }
     each = {name: tuple(draw(st.integers(*limit)) for _ in range(axes)) for name, limit in limits.items()}
     for i in range(axes):
         assume(each["size"][i] + each["begins"][i] + each["ends"][i] > each["dilations"][i] * (each["kernel"][i] - 1))
@@ -167,7 +181,9 @@ def test_any_convolution_can_be_adapted_in_either_form(layer: Layer, layout: Lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["3x3", "1x1 stride 2", "5x3, stride 2x1, asymmetric", "groups", "1-D, groups, stride 2"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "1x1 stride 2", "5x3, stride 2x1, asymmetric", "groups", "1-D, groups, stride 2"]
+)
 def test_every_value_has_the_shape_that_the_graph_says(name: str, layout: Layout) -> None:
     layer = LAYERS[name]
     for form in FORMS:

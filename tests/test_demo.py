@@ -19,28 +19,54 @@ from rich.console import Console
 from lorac_deploy.corruptions import corrupt
 from lorac_deploy.demo import device
 from lorac_deploy.demo.__main__ import main
+from lorac_deploy.demo.device import Device
 from lorac_deploy.demo.loop import prepare
 from lorac_deploy.demo.parts import PartsConfig, stratified_order, write_parts
-from lorac_deploy.demo.results import Results, broken_promises, plot, table
+from lorac_deploy.demo.results import EngineRow, Results, broken_promises, plot, table
 from lorac_runtime.errors import EngineError, OutputError
 
-GOOD = Results(
-    base_clean=0.98,
-    base_drifted=0.2,
+PLAIN = EngineRow(
+    engine="onnxruntime",
     adapted_clean=0.6,
     adapted_drifted=0.95,
-    trained_parameters=29_000,
-    model_parameters=1_000_000,
-    engine="onnxruntime-training",
     drop_in=True,
     losses=(2.0, 1.0, 0.5),
     step_seconds=0.25,
-    peak_memory_bytes=300_000_000,
-    device_environment_bytes=270_000_000,
+    peak_memory_bytes=300 * 2**20,
+    device_environment_bytes=140 * 2**20,
+    finetune_seconds=30.0,
+    versions={"onnxruntime": "1.31.1"},
+)
+TRAINING = dataclasses.replace(
+    PLAIN,
+    engine="onnxruntime-training",
+    adapted_clean=0.61,
+    adapted_drifted=0.94,
+    losses=(2.0, 1.1, 0.6),
+    step_seconds=0.5,
+    peak_memory_bytes=None,
+    device_environment_bytes=120 * 2**20,
+)
+GOOD = Results(
+    base_clean=0.98,
+    base_drifted=0.2,
+    trained_parameters=29_000,
+    model_parameters=1_000_000,
+    engines=(PLAIN, TRAINING),
     images={"base": 1000, "local": 300, "test": 497},
     drift="low_light, severity 5",
     seconds=100.0,
 )
+
+
+def worse(engine: int = 0, **changes: float) -> Results:
+    """GOOD with other figures, of an engine's row where they are its own."""
+    own = {field.name for field in dataclasses.fields(EngineRow)}
+    if not changes.keys() <= own:
+        return dataclasses.replace(GOOD, **changes)  # type: ignore[arg-type]
+    rows = list(GOOD.engines)
+    rows[engine] = dataclasses.replace(rows[engine], **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(GOOD, engines=tuple(rows))
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +126,16 @@ def test_a_python_without_torch_passes(tmp_path: Path, root: Path) -> None:
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.chdir(root)
-    monkeypatch.setattr(device, "require_no_torch", lambda python: None)
+    checked: list[Path] = []
+    monkeypatch.setattr(device, "require_no_torch", checked.append)
+    devices = [Device("onnxruntime", Path("a"), "adapted"), Device("onnxruntime-training", Path("b"), "adapted2")]
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"thesis\.txt"):
-        prepare(tmp_path, Path("python"))
+        prepare(tmp_path, devices)
+    assert checked == [Path("a"), Path("b")]
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "thesis.txt").rename(tmp_path / "summary.json")
-    prepare(tmp_path, Path("python"))
+    prepare(tmp_path, devices)
     assert not any(tmp_path.iterdir())
 
 
@@ -115,41 +144,67 @@ def test_a_run_that_keeps_its_promises_breaks_none() -> None:
 
 
 @pytest.mark.parametrize(
-    "worse",
+    "changes",
     [
         {"base_clean": 0.969},
         {"base_drifted": 0.75},
-        {"adapted_drifted": 0.919},
         {"trained_parameters": 30_000},
+        {"adapted_drifted": 0.919},
         {"drop_in": False},
+        {"engine": 1, "adapted_drifted": 0.919},
+        {"engine": 1, "drop_in": False},
     ],
-    ids=lambda worse: next(iter(worse)),
+    ids=lambda changes: "-".join(changes),
 )
-def test_each_broken_promise_is_told(worse: dict[str, float]) -> None:
-    assert len(broken_promises(dataclasses.replace(GOOD, **worse))) == 1  # type: ignore[arg-type]
+def test_each_broken_promise_is_told(changes: dict[str, float]) -> None:
+    (told,) = broken_promises(worse(**changes))  # type: ignore[arg-type]
+    assert ("onnxruntime-training" in told) == ("engine" in changes)
 
 
-def test_the_summary_holds_the_figures_as_fractions() -> None:
+def test_the_summary_holds_the_figures_as_fractions_and_each_engines_row() -> None:
     summary = json.loads(GOOD.to_json())
-    wanted = {"base_clean", "base_drifted", "adapted_clean", "adapted_drifted"}
-    wanted |= {"trained_parameters", "model_parameters", "engine", "seconds"}
+    wanted = {"base_clean", "base_drifted", "adapted_clean", "adapted_drifted", "drop_in", "losses", "step_seconds"}
+    wanted |= {"trained_parameters", "model_parameters", "engine", "seconds", "images", "drift"}
+    wanted |= {"peak_memory_bytes", "device_environment_bytes"}
     assert wanted <= set(summary)
+    assert summary["engine"] == "onnxruntime"
     assert summary["adapted_drifted"] == 0.95
+    assert [(row["engine"], row["adapted_drifted"]) for row in summary["engines"]] == [
+        ("onnxruntime", 0.95),
+        ("onnxruntime-training", 0.94),
+    ]
 
 
-def test_the_table_shows_before_and_after() -> None:
-    console = Console(file=StringIO(), width=100)
+def test_the_table_shows_before_and_after_with_each_engine_in_80_columns() -> None:
+    console = Console(file=StringIO(), width=80)
     console.print(table(GOOD))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(figure in text for figure in ("98.0%", "20.0%", "60.0%", "95.0%", "2.90%"))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.split()[1:]}
+    assert rows["base"] == ["20.0%", "98.0%"]
+    assert " ".join(rows["onnxruntime"]) == "95.0% 60.0% 250 ms 300 MiB 140 MiB 30 s yes"
+    assert " ".join(rows["onnxruntime-training"]) == "94.0% 61.0% 500 ms unknown 120 MiB 30 s yes"
+    assert "2.90%" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_plot_is_a_picture_that_depends_on_the_figures(tmp_path: Path) -> None:
-    plot(GOOD, tmp_path / "a.png")
-    plot(dataclasses.replace(GOOD, adapted_drifted=0.5), tmp_path / "b.png")
-    pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]
-    assert pixels[0].shape == pixels[1].shape
-    assert (pixels[0] != pixels[1]).any()
+def test_the_plot_is_a_picture_that_depends_on_every_engines_figures(tmp_path: Path) -> None:
+    others = [worse(adapted_drifted=0.5), worse(1, adapted_drifted=0.5), worse(1, losses=(2.0, 1.5, 0.6))]  # type: ignore[arg-type]
+    for number, results in enumerate([GOOD, *others]):
+        plot(results, tmp_path / f"{number}.png")
+    first, *rest = [np.asarray(Image.open(tmp_path / f"{number}.png")) for number in range(4)]
+    for pixels in rest:
+        assert pixels.shape == first.shape
+        assert (pixels != first).any()
+
+
+def test_what_installs_packages_is_not_counted_as_installed(tmp_path: Path) -> None:
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    for name, size in {"pip/a.py": 1, "pip-24.0.dist-info/b": 2, "setuptools/c": 4, "numpy/pip.py": 8}.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(bytes(size))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_bytes(bytes(16))
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    assert device.installed_bytes(tmp_path / "bin" / "python") == 24
 
 
 def test_a_failure_is_one_message_and_an_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 SOURCES = ("lorac_deploy", "exporters", "runtime", "tests", "benchmarks")
@@ -83,6 +84,38 @@ def test_a_device_installs_only_numpy_and_safetensors(wheels: dict[str, zipfile.
     names = {re.split(r"[<>=! ]", line)[0] for line in requirements(wheels["lorac-runtime"])}
     assert names == {"numpy", "safetensors"}
     assert len(requirements(wheels["lorac-deploy"])) > 2  # the same reading finds more where there is more
+
+
+def extra(wheel: zipfile.ZipFile, name: str) -> Requirement:
+    """The one requirement of an extra."""
+    lines = [line for line in metadata(wheel).get_all("Requires-Dist", []) if f'extra == "{name}"' in line]
+    (line,) = lines
+    return Requirement(line)
+
+
+def applies(requirement: Requirement, extra: str, python: str, machine: str) -> bool:
+    """Whether pip installs a requirement there."""
+    assert requirement.marker is not None
+    return requirement.marker.evaluate({"extra": extra, "python_version": python, "platform_machine": machine})
+
+
+def test_the_engine_onnxruntime_is_one_package_for_every_python_and_processor(
+    wheels: dict[str, zipfile.ZipFile],
+) -> None:
+    found = extra(wheels["lorac-runtime"], "onnxruntime")
+    assert found.name == "onnxruntime"
+    for python in ("3.10", "3.13"):
+        for machine in ("x86_64", "aarch64"):
+            assert applies(found, "onnxruntime", python, machine)
+    versions = ("1.16.3", "1.17.0", "1.19.2", "1.21.0", "1.31.1")
+    assert [found.specifier.contains(version) for version in versions] == [False, True, True, False, True]
+
+
+def test_the_training_build_is_an_extra_of_its_own_where_it_has_wheels(wheels: dict[str, zipfile.ZipFile]) -> None:
+    found = extra(wheels["lorac-runtime"], "onnxruntime-training")
+    assert (found.name, str(found.specifier)) == ("onnxruntime-training-cpu", "==1.19.2")
+    supported = [applies(found, "onnxruntime-training", python, "x86_64") for python in ("3.10", "3.12", "3.13")]
+    assert supported == [True, True, False]
 
 
 def test_versions_are_equal_and_pinned_to_each_other(wheels: dict[str, zipfile.ZipFile]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,17 @@ import torch
 from torch import nn
 
 LANGUAGES = ("sh", "python")
+FRAMEWORKS = {"torch", "onnx", "onnx_ir", "onnxscript", "h5py", "sympy", "tensorflow", "torchvision"}
+RECORDER = """  # every Python that a block starts runs this first
+import atexit, json, os, sys
+
+def record():
+    modules = sorted({name.split(".")[0] for name in sys.modules})
+    with open(os.environ["RECORD"], "a", encoding="utf-8") as file:
+        print(json.dumps({"program": os.path.basename(sys.argv[0]), "modules": modules}), file=file)
+
+atexit.register(record)
+"""
 
 
 class Block(NamedTuple):
@@ -45,7 +57,16 @@ def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", block.text]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     user = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    return subprocess.run(command, cwd=folder, env={**user, "PATH": path}, capture_output=True, text=True, check=False)
+    (folder / "recorder").mkdir(exist_ok=True)
+    (folder / "recorder" / "sitecustomize.py").write_text(RECORDER, encoding="utf-8")
+    own = {"PATH": path, "PYTHONPATH": str(folder / "recorder"), "RECORD": str(folder / "record.jsonl")}
+    return subprocess.run(command, cwd=folder, env=user | own, capture_output=True, text=True, check=False)
+
+
+def loaded(folder: Path, program: str) -> list[set[str]]:
+    """Top-level packages that each run of ``program`` in the blocks had loaded when it ended."""
+    lines = (folder / "record.jsonl").read_text(encoding="utf-8").splitlines()
+    return [set(entry["modules"]) for entry in map(json.loads, lines) if entry["program"] == program]
 
 
 @pytest.fixture
@@ -77,6 +98,19 @@ def test_the_readme_runs_as_written(root: Path, workspace: Path) -> None:
     assert (workspace / "adapted" / "fused.onnx").stat().st_size == (
         workspace / "artifact" / "base.onnx"
     ).stat().st_size
+    (device,) = loaded(workspace, "ort_finetune.py")
+    assert {"lorac_runtime", "onnxruntime", "numpy", "safetensors"} <= device
+    assert device & FRAMEWORKS == set()
+    report = json.loads((workspace / "adapted" / "report.json").read_text(encoding="utf-8"))
+    assert report["engine"] == "onnxruntime"
+
+
+def test_a_framework_that_a_block_loads_is_noticed(tmp_path: Path) -> None:
+    assert run(Block("sh", "echo 'import h5py' > a.py\necho 'import json' > b.py\n"), tmp_path).returncode == 0
+    (tmp_path / "h5py.py").touch()
+    assert run(Block("sh", "python a.py\npython b.py\n"), tmp_path).returncode == 0
+    assert loaded(tmp_path, "a.py")[0] & FRAMEWORKS == {"h5py"}
+    assert loaded(tmp_path, "b.py")[0] & FRAMEWORKS == set()
 
 
 @pytest.mark.parametrize(

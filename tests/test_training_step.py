@@ -40,7 +40,6 @@ from lorac_exporters.gradients.tape import dims
 from lorac_exporters.graph_tools import name_of, nodes_of, to_bytes
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import starting_values
-from lorac_exporters.patch_table import initializer_offsets
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.training_step import (
     EVAL,
@@ -61,16 +60,16 @@ SGD = TrainingDefaults(optimizer="sgd", momentum=0.9, clip_norm=0.0)
 PLAIN_SGD = TrainingDefaults(optimizer="sgd", clip_norm=0.25)
 ADAMW = TrainingDefaults(weight_decay=0.01, clip_norm=0.5)
 AMSGRAD = TrainingDefaults(amsgrad=True)
-FROZEN, BATCH = Case(), Case(ADAMW, policy="batch")
+FROZEN, BATCH = Case(SGD), Case(ADAMW, policy="batch")
 CASES = {
     "sgd": FROZEN,
     "sgd without momentum": Case(PLAIN_SGD),
     "adamw, batch": BATCH,
     "amsgrad": Case(AMSGRAD),
-    "full": Case(method="full"),
-    "head": Case(method="head"),
-    "frozen factors": Case(lora=LoraConfig(rank=2, freeze_a=True)),
-    "learned alpha": Case(lora=LoraConfig(rank=2, learnable_alpha=True)),
+    "full": Case(SGD, method="full"),
+    "head": Case(SGD, method="head"),
+    "frozen factors": Case(SGD, lora=LoraConfig(rank=2, freeze_a=True)),
+    "learned alpha": Case(SGD, lora=LoraConfig(rank=2, learnable_alpha=True)),
     "entropy": Case(dataclasses.replace(SGD, loss="entropy")),
 }
 
@@ -314,9 +313,7 @@ def test_the_norm_is_that_before_clipping(written: Make) -> None:
 
 def test_nothing_is_computed_below_the_head_where_it_alone_trains(written: Make) -> None:
     made = written("head")
-    train, evaluate = (
-        make(made.graphs, made.start, step_config(made.case)).graph for make in (train_step, eval_step)
-    )
+    train, evaluate = (make(made.graphs, made.start, step_config(made.case)).graph for make in (train_step, eval_step))
     assert len(nodes_of(train, "Conv")) == len(nodes_of(evaluate, "Conv")) == 4
     assert len(nodes_of(train, "Tanh")) == len(nodes_of(evaluate, "Tanh")) == 3
     # forward to the logits, a matrix product for the gradient of fc.weight, the loss and the update
@@ -324,7 +321,7 @@ def test_nothing_is_computed_below_the_head_where_it_alone_trains(written: Make)
 
 
 def test_nothing_is_computed_below_the_lowest_block_that_trains() -> None:
-    case = Case(lora=LoraConfig(rank=2, blocks=("conv4",)))
+    case = Case(SGD, lora=LoraConfig(rank=2, blocks=("conv4",)))
     graphs = graphs_of("small", case, smooth=True)
     start = starting_values(graphs.plan, graphs.base.values, seed=0)
     graph = train_step(graphs, start, step_config(case)).graph
@@ -338,6 +335,22 @@ def test_the_gradient_of_the_images_is_never_computed(written: Make) -> None:
     uses = {value.name: len(value.uses()) for value in inputs}
     assert uses["conv1.weight"] == 2  # the forward pass and the update
     assert uses["conv2.weight"] >= 3  # and the gradient of its input
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw, batch"])
+def test_two_exports_give_the_same_bytes(written: Make, name: str, tmp_path: Path) -> None:
+    made = written(name)
+    again = write_small(made.case, tmp_path)
+    assert again.names == made.names
+    for file in made.names:
+        assert (made.folder / file).read_bytes() == (again.folder / file).read_bytes(), file
+
+
+def test_writing_leaves_the_graphs_as_they_were(written: Make, tmp_path: Path) -> None:
+    graphs = written("adamw, batch").graphs
+    before = to_bytes(graphs.base.model), to_bytes(graphs.original.model)
+    write_small(BATCH, tmp_path)
+    assert (to_bytes(graphs.base.model), to_bytes(graphs.original.model)) == before
 
 
 CLASHING = """

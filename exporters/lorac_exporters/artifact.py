@@ -142,7 +142,7 @@ def _fill(
     if adapter is not None:
         start |= _from_adapter(manifest, adapter, tensors)
     save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest, blocks=config.lora.blocks))
-    steps = StepConfig(config.training, form_of(config.form))
+    steps = StepConfig(config.training, form_of(config.form, config.training.batch_size))
     entries = {}
     for engine in engines:
         on_progress(f"building the gradient graph for {engine}")

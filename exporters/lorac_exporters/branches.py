@@ -8,40 +8,39 @@ Both equal `lorac_runtime.delta` in value.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from lorac_exporters import form_costs
+from lorac_exporters.form_costs import cheaper_form
 from lorac_exporters.gradients.geometry import Geometry
-from lorac_exporters.gradients.tape import Attributes, Tape, dims
+from lorac_exporters.gradients.tape import Attributes, Dims, Tape, dims, sizes
 from lorac_exporters.graph_tools import convolutions, name_of, need, producer
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import ConversionError
-from lorac_runtime.manifest import Adapter
+from lorac_runtime.manifest import Adapter, TrainingDefaults
 
-Form = Literal["branch", "weight"]
+Form = form_costs.Form
 FORMS: tuple[Form, ...] = ("branch", "weight")
 FormChoice = Literal["auto", "branch", "weight"]
 FORM_CHOICES: tuple[FormChoice, ...] = ("auto", *FORMS)
 FormOf = Callable[[Adapter, Geometry], Form]
+LEAST_RATIO, LEAST_RATIO_STRIDED = 8 / 3, 4 / 3  # channels per tap and rank from which shifts pay, measured
 
 
-def form_of(choice: FormChoice) -> FormOf:
-    """How the form of a layer's adapter is chosen: the one asked for, or the cheaper one.
+def form_of(choice: FormChoice, batch: int = TrainingDefaults.batch_size) -> FormOf:
+    """How the form of a layer's adapter is chosen: the one asked for, or what costs less at this batch size.
 
     >>> form_of("weight")(None, None)
     'weight'
     """
     if choice == "auto":
-        return cheaper_form
-    return lambda adapter, geometry: choice
-
-
-def cheaper_form(adapter: Adapter, g: Geometry) -> Form:
-    """The form that costs less."""
-    return "branch"
+        return lambda adapter, geometry: cheaper_form(adapter, geometry, batch)
+    return lambda _adapter, _geometry: choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,8 @@ def add_adapters(tape: Tape, adapters: Mapping[str, Adapter], factors: Mapping[s
 def _add_branch(tape: Tape, conv: ir.Node, g: Geometry, adapter: Adapter, factors: Factors) -> None:
     y = conv.outputs[0]
     middle, down, up = _thin_convolutions(tape, g, adapter, factors)
-    hidden = tape.op("Conv", need(conv.inputs[0]), down, attributes=middle.attributes(), shape=middle.shape(y))
-    result = tape.op("Conv", hidden, up, like=y, attributes=middle.rest())
+    hidden = _to_few(tape, need(conv.inputs[0]), down, attributes=middle.attributes(), shape=middle.shape(y))
+    result = _from_few(tape, hidden, up, attributes=middle.rest(), like=y)
     total = tape.op("Add", y, result, like=y, name=f"{adapter.layer}.adapted")
     adder = producer(total)
     y.replace_all_uses_with(total, replace_graph_outputs=True)
@@ -115,6 +114,51 @@ class _Split:
         """Shape of what lies between the two."""
         axes = zip(self.first, self.g.out_size, self.g.in_size, strict=True)
         return (dims(y)[0], self.channels, *(out if taken else whole for taken, out, whole in axes))
+
+
+def _to_few(tape: Tape, x: ir.Value, weight: ir.Value, *, attributes: Attributes, shape: Dims) -> ir.Value:
+    """A convolution to few channels, weight (few, many, *kernel).
+
+    Where `_shifts_pay`: a pointwise one to a channel for each tap, then a constant one that shifts and adds them.
+    """
+    few, many, *kernel = sizes(weight)
+    if not _shifts_pay(few, many, kernel, attributes):
+        return tape.op("Conv", x, weight, attributes=attributes, shape=shape)
+    taps = math.prod(kernel)
+    rows = tape.op("Reshape", weight, tape.ints(few, many, taps), shape=(few, many, taps))
+    turned = tape.op("Transpose", rows, shape=(taps, few, many), attributes={"perm": [2, 0, 1]})
+    flat = (taps * few, many, *(1,) * len(kernel))
+    pointwise = tape.op("Reshape", turned, tape.ints(*flat), shape=flat)
+    apart = tape.op("Conv", x, pointwise, shape=(dims(x)[0], taps * few, *dims(x)[2:]))
+    ones = np.eye(taps * few, dtype=np.float32).reshape(taps * few, taps, few).transpose(2, 0, 1)
+    shifts = tape.constant(ones.reshape(few, taps * few, *kernel))
+    return tape.op("Conv", apart, shifts, attributes=attributes, shape=shape)
+
+
+def _from_few(tape: Tape, x: ir.Value, weight: ir.Value, *, attributes: Attributes, like: ir.Value) -> ir.Value:
+    """A convolution from few channels, weight (many, few, *kernel): `_to_few` the other way round."""
+    many, few, *kernel = sizes(weight)
+    if not _shifts_pay(few, many, kernel, attributes):
+        return tape.op("Conv", x, weight, attributes=attributes, like=like)
+    taps = math.prod(kernel)
+    ones = np.eye(taps * few, dtype=np.float32).reshape(taps * few, taps, few).transpose(0, 2, 1)
+    shifts = tape.constant(ones.reshape(taps * few, few, *kernel))
+    stacked = tape.op("Conv", x, shifts, attributes=attributes, shape=(dims(x)[0], taps * few, *dims(like)[2:]))
+    rows = tape.op("Reshape", weight, tape.ints(many, few, taps), shape=(many, few, taps))
+    turned = tape.op("Transpose", rows, shape=(many, taps, few), attributes={"perm": [0, 2, 1]})
+    flat = (many, taps * few, *(1,) * len(kernel))
+    return tape.op("Conv", stacked, tape.op("Reshape", turned, tape.ints(*flat), shape=flat), like=like)
+
+
+def _shifts_pay(few: int, many: int, kernel: Sequence[int], attributes: Attributes) -> bool:
+    """Whether a thin convolution costs less as a pointwise one and constant shifts (docs/decisions/0013).
+
+    Engines copy the input of a convolution once for each tap, but not that of a pointwise one. The shifts' work grows
+    with the square of ``few``. Where a strided convolution is split, its gradient by phases is one of few channels.
+    """
+    taps, strides = math.prod(kernel), attributes["strides"]
+    ratio = LEAST_RATIO if strides == (1,) * len(kernel) else LEAST_RATIO_STRIDED
+    return attributes["group"] == 1 and taps > 1 and many >= ratio * taps * few
 
 
 def _thin_convolutions(

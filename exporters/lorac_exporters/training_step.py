@@ -236,5 +236,6 @@ def _make_way(tape: Tape, owners: Mapping[str, ir.Value | None]) -> None:
     if names:
         raise ConversionError(listed("these names of the model belong to inputs and outputs of a step; rename:", names))
     for value in (output for node in graph for output in node.outputs):
-        if value.name in owners and value is not owners[value.name]:
-            value.name = tape.fresh(value.name)
+        name = name_of(value)
+        if name in owners and value is not owners[name]:
+            value.name = tape.fresh(name)

@@ -43,24 +43,29 @@ class Deviation:
 
 
 def read(artifact: Path, out: Path) -> Outcome:
-    """The outcome of a finished run. Raises OSError or a LoracDeployError where it is not finished."""
+    """The outcome of a finished run.
+
+    Raises OSError or a LoracDeployError where it is not finished, ValueError where a tensor that trains kept its value:
+    comparing that would show nothing.
+    """
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     start, end = (load_adapter(folder / ADAPTER).tensors for folder in (artifact, out))
-    start = batchnorm_tensors(artifact, load(artifact)) | start
+    manifest = load(artifact)
+    start = batchnorm_tensors(artifact, manifest) | start
     changes = {name: value.astype(np.float64) - start[name] for name, value in end.items()}
+    if idle := [t.name for t in manifest.trainables if not np.any(changes[t.name])]:
+        raise ValueError(f"{out}: training changed nothing in {', '.join(idle)}")
     return Outcome(tuple(report["losses"]), changes, report["versions"], report["step_seconds"])
 
 
 def compare(found: Outcome, expected: Outcome) -> Deviation:
-    """How far ``found`` is from ``expected``. Raises ValueError if they are not of the same run, or nothing changed."""
+    """How far ``found`` is from ``expected``. Raises ValueError if they are not of the same run."""
     if len(found.losses) != len(expected.losses) or found.changes.keys() != expected.changes.keys():
         raise ValueError(
             f"not the same run: {len(found.losses)} steps and {len(found.changes)} tensors, expected "
             f"{len(expected.losses)} and {len(expected.changes)}"
         )
     losses = np.abs(np.subtract(found.losses, expected.losses)) / np.abs(expected.losses)
-    if not any(np.any(change) for change in expected.changes.values()):
-        raise ValueError("the run compared with changed no tensor, so it shows nothing")
     relative = {name: _distance(found.changes[name], change) for name, change in expected.changes.items()}
     worst = max(relative, key=lambda n: (np.isnan(relative[n]), relative[n]))
     return Deviation(float(losses.max()), relative[worst], worst)
