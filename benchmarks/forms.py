@@ -29,7 +29,7 @@ from lorac_exporters.branches import FORMS, Factors, Form, add_adapters, form_of
 from lorac_exporters.form_costs import Work, branch_work, weight_work
 from lorac_exporters.gradients.geometry import Geometry
 from lorac_exporters.gradients.reverse import differentiate
-from lorac_exporters.gradients.tape import Tape
+from lorac_exporters.gradients.tape import Attributes, Tape
 from lorac_exporters.graph_tools import to_bytes
 from lorac_runtime.delta import adapter_shapes
 from lorac_runtime.manifest import Adapter
@@ -87,7 +87,7 @@ def convolution(layer: Layer) -> ir.Node:
     weight, bias = tape.constant(numbers, "weight"), tape.constant(np.zeros(layer.c_out, np.float32), "bias")
     half, both = layer.kernel // 2, [layer.stride] * 2
     size = ("batch", layer.c_out, layer.out_size, layer.out_size)
-    how = {"pads": [half] * 4, "strides": both, "group": layer.groups}
+    how: Attributes = {"pads": [half] * 4, "strides": both, "group": layer.groups}
     y = tape.op("Conv", x, weight, bias, shape=size, attributes=how)
     tape.graph.outputs.append(y)
     node = y.producer()
@@ -229,8 +229,13 @@ def main(argv: list[str]) -> int:
     report = evaluate(layers, np.array(rows))
     print(json.dumps(report, indent=1))
     if args.out:
-        measurements = [{**dataclasses.asdict(layer), **dict(zip(FORMS, row.tolist(), strict=True))} for layer, row in zip(layers, rows, strict=True)]
-        args.out.write_text(json.dumps({"environment": environment(), **report, "layers": measurements}, indent=1) + "\n")
+        measurements = [
+            {**dataclasses.asdict(layer), **dict(zip(FORMS, row.tolist(), strict=True))}
+            for layer, row in zip(layers, rows, strict=True)
+        ]
+        args.out.write_text(
+            json.dumps({"environment": environment(), **report, "layers": measurements}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "export-training-artifact": Command(
         "lorac_deploy.commands.export_training_artifact", "write the folder that a device trains with"
     ),
+    "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),
     "verify": Command("lorac_deploy.commands.verify", "check that a fused file is a drop-in for its base"),
 }
 

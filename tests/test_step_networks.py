@@ -23,6 +23,7 @@ from step_networks import (
     prepared,
     starting,
     step_graph,
+    trained_only,
 )
 
 from lorac_exporters.branches import FORMS
@@ -38,7 +39,7 @@ OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
 RATES = {"sgd": 0.1, "adamw": 3e-3}  # of the small networks
 DEEP_RATES = {"sgd": 2e-3, "adamw": 2e-4}  # small enough that ten steps do not multiply rounding errors
 POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch")
-DEEP = ("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "densenet121")
+DEEP = {"resnet18": 4, "resnet50": 2, "mobilenet_v2": 4, "mobilenet_v3_small": 4, "densenet121": 2}  # runs of the real
 UNETS = ("unet_transposed", "unet_bilinear")
 
 # Every pair of optimizer, policy and layout in four runs instead of eight; the small network does all eight.
@@ -128,31 +129,37 @@ def test_ten_steps_of_a_unet_with_a_class_for_each_pixel_are_pytorchs(name: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEEP)
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
+@pytest.mark.parametrize("name", DEEP)
 def test_ten_steps_of_the_smooth_copy_of_a_network_are_pytorchs(name: str, pair: Pair) -> None:
     check(name, case_of(pair), DEEP_RATES[pair[0]], torch.float32, size=4)
 
 
-def check_yardstick(name: str, pair: Pair, rates: dict[str, float], size: int) -> None:
+def check_yardstick(name: str, pair: Pair, rates: dict[str, float], *, seeds: int) -> None:
+    """Whether a run meets a flip is luck: the worst of several runs of ten steps counts, on either side."""
     case = case_of(pair)
     net = prepared(name, case, smooth=False)
-    start, given = starting(net, case), batches(name, lr=rates[pair[0]], size=size)
-    found = in_graph(step_graph(name, case, start, smooth=False), start, given)
-    exact, single = (in_pytorch(net, case, given, dtype) for dtype in (torch.float64, torch.float32))
-    assert found.losses[0] == pytest.approx(exact.losses[0], rel=1e-5)
-    ours, theirs = (worst(distances(outcome, exact)) for outcome in (found, single))
-    assert ours[0] <= YARDSTICK * theirs[0], (ours, theirs)
+    start = starting(net, case)
+    graph = step_graph(name, case, start, smooth=False)
+    ours, theirs = [], []
+    for seed in range(seeds):
+        given = batches(name, lr=rates[pair[0]], size=4, seed=seed)
+        found = in_graph(graph, start, given)
+        exact, single = (in_pytorch(net, case, given, dtype) for dtype in (torch.float64, torch.float32))
+        assert found.losses[0] == pytest.approx(exact.losses[0], rel=1e-5)
+        ours.append(worst(trained_only(distances(found, exact))))
+        theirs.append(worst(trained_only(distances(single, exact))))
+    assert max(ours)[0] <= YARDSTICK * max(theirs)[0], (ours, theirs)
 
 
 @pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
 def test_real_unets_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair: Pair) -> None:
-    check_yardstick(name, pair, RATES, 6)
+    check_yardstick(name, pair, RATES, seeds=4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEEP)
 @pytest.mark.parametrize("pair", [PAIRS[1], PAIRS[2]], ids=" ".join)
-def test_real_networks_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair: Pair) -> None:
-    check_yardstick(name, pair, DEEP_RATES, 4)
+@pytest.mark.parametrize(("name", "seeds"), DEEP.items())
+def test_real_networks_are_as_near_to_float64_as_pytorch_float32_is(name: str, seeds: int, pair: Pair) -> None:
+    check_yardstick(name, pair, DEEP_RATES, seeds=seeds)

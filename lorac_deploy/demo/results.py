@@ -146,5 +146,5 @@ def _accuracies(axes: Axes, results: Results) -> None:
         bars = axes.bar([offset, 1 + offset], [100 * v for v in values], width=0.95 * width, label=name)
         axes.bar_label(bars, fmt="%.1f")
     axes.set_xticks([0, 1], ["drifted", "clean"])
-    axes.set(ylabel="accuracy, %", ylim=(0, 125))
-    axes.legend(loc="upper center", ncols=len(groups), frameon=False)
+    axes.set(ylabel="accuracy, %", ylim=(0, 120), yticks=range(0, 101, 20))
+    axes.legend(loc="upper center", ncols=len(groups), frameon=False, columnspacing=1, handlelength=1)

@@ -65,12 +65,15 @@ def _tried(name: str, python: str, folder: Path, expected: dict[str, Outcome]) -
             return [*problems, str(err)]
         deviation = compare(found, expected[case.name])
         cells.append(_cell(case, found, deviation))
-        problems += _problems(name, case, found, deviation)
+        if not deviation.ok:
+            off = f"a loss is {deviation.loss:.1e} off, {deviation.tensor} {deviation.change:.1e}"
+            problems.append(f"{name}, {case.name}: {off}")
         if not verify(folder / case.name / "base.onnx", folder / f"{case.name} {name}" / "fused.onnx").ok:
             problems.append(f"{name}, {case.name}: the fused file is no drop-in for the base")
+    other = version_problem(name, found.versions)
     held = ", ".join(f"{package} {found.versions[package]}" for package in ("python", "onnxruntime", "numpy"))
     print(f"{held}: {'; '.join(cells)}", flush=True)
-    return problems
+    return problems if other is None else [other, *problems]
 
 
 def _cell(case: Case, found: Outcome, deviation: Deviation) -> str:
@@ -78,16 +81,6 @@ def _cell(case: Case, found: Outcome, deviation: Deviation) -> str:
         f"{case.name}: loss {found.losses[0]:.3f} to {found.losses[-1]:.3f} ({deviation.loss:.0e}), adapter "
         f"{deviation.change:.0e}, {1e3 * found.step_seconds:.1f} ms"
     )
-
-
-def _problems(name: str, case: Case, found: Outcome, deviation: Deviation) -> list[str]:
-    other = version_problem(name, found.versions)
-    problems = [] if other is None else [other]
-    if not deviation.ok:
-        problems.append(
-            f"{name}, {case.name}: a loss is {deviation.loss:.1e} off, {deviation.tensor} {deviation.change:.1e}"
-        )
-    return problems
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class Case:
 
 LORA = LoraConfig(rank=2)
 CASES = (
-    Case("resnet", resnet, ArtifactConfig(lora=LORA, engine="onnxruntime", training=ADAMW)),
-    Case("mobilenet", mobilenet, ArtifactConfig(lora=LORA, engine="onnxruntime", training=SGD)),
+    Case("resnet", resnet, ArtifactConfig(lora=LORA, engine="onnxruntime", training=SGD)),
+    Case("mobilenet", mobilenet, ArtifactConfig(lora=LORA, engine="onnxruntime", training=ADAMW)),
     Case(
         "micro-batches",
         resnet,

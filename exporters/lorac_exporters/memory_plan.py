@@ -1,0 +1,198 @@
+"""What fits into a device's memory: ways of training an artifact's network, each with its computed peak.
+
+Graphs are rebuilt from base.onnx and the manifest alone, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lorac_exporters import training_step as steps
+from lorac_exporters.branches import form_of
+from lorac_exporters.canonical import Canonical
+from lorac_exporters.graph_tools import float_array, to_bytes
+from lorac_exporters.graphs import Graphs
+from lorac_exporters.inject import describe, starting_values
+from lorac_exporters.memory import Peak, peak
+from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
+from lorac_exporters.training_step import StepConfig
+from lorac_runtime import manifest as mf
+from lorac_runtime.errors import ArtifactError, ConversionError
+
+RANKS = (8, 4, 2, 1)
+PIECES = (64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A way to train: the method and its settings, in words and as export-training-artifact's options."""
+
+    label: str
+    method: str
+    lora: LoraConfig
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What to give export-training-artifact."""
+        found = ["--method", self.method]
+        if self.method == "lora-c":
+            found += ["--rank", str(self.lora.rank)]
+        found += ["--freeze-a"] if self.lora.freeze_a else []
+        return (*found, *(("--blocks", ",".join(self.lora.blocks)) if self.lora.blocks else ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A choice within a budget: ``at_once`` images of a batch are computed together, 0 where not even one fits.
+
+    ``peak`` is that of ``at_once``, or of a single image. ``storage``: bytes of the files that train. ``choice`` None
+    is the artifact as it is.
+    """
+
+    choice: Choice | None
+    trained: int
+    at_once: int
+    peak: Peak
+    storage: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """All choices for batches of ``batch`` images in ``budget`` bytes; ``refused`` says what cannot train, and why."""
+
+    budget: int
+    batch: int
+    fits: tuple[Fit, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def best(self) -> Fit | None:
+        """The one that trains most among those that compute most images together; None if nothing fits."""
+        fitting = [fit for fit in self.fits if fit.at_once]
+        return max(fitting, key=lambda fit: (fit.at_once, fit.trained), default=None)
+
+    @property
+    def smallest(self) -> Fit:
+        """The one that needs least."""
+        return min(self.fits, key=lambda fit: fit.peak.total)
+
+
+def plan_memory(folder: Path, budget: int, *, batch: int | None = None) -> MemoryPlan:
+    """Compare ways to train the artifact in ``folder`` within ``budget`` bytes; ``batch`` None is the artifact's own.
+
+    Raises ArtifactError if the folder is no artifact, or not whole.
+    """
+    manifest = mf.load(folder)
+    mf.verify_files(folder, manifest)
+    size = batch or manifest.training.batch_size
+    graphs = read_graphs(folder, manifest)
+    fits, refused = [], []
+    if steps.TRAIN in manifest.files:
+        fits.append(_as_it_is(folder, manifest, budget, size))
+    for choice in choices(graphs.network):
+        try:
+            fits.append(_fitted(graphs, manifest, choice, budget, size))
+        except ConversionError as err:
+            refused.append((choice.label, str(err).splitlines()[0]))
+    if not fits:
+        raise ArtifactError(f"{folder}: the engine onnxruntime can train nothing of this network: {refused[0][1]}")
+    return MemoryPlan(budget, size, tuple(fits), tuple(refused))
+
+
+def read_graphs(folder: Path, manifest: mf.Manifest) -> Graphs:
+    """The folded network of an artifact, its batch normalisations frozen; no plan yet."""
+    model = ir.load(folder / mf.BASE)
+    values = {n: float_array(v) for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT}
+    base = Canonical(model, (), manifest.batchnorms, values, frozenset())
+    network = describe(base)
+    head = sum(values[name].size for name, _ in (network.head_weight, network.head_bias or network.head_weight))
+    network = dataclasses.replace(network, backbone_parameters=manifest.model_parameters - head)
+    return Graphs(base, base, Plan("head", (), (), ()), "frozen", manifest.input, network)
+
+
+def choices(network: Network) -> list[Choice]:
+    """Everything, adapters everywhere, with a frozen half, in the last stages alone, and the head alone."""
+    found = [Choice("everything", "full", LoraConfig())]
+    found += [Choice(f"adapters, rank {r}", "lora-c", LoraConfig(rank=r)) for r in RANKS]
+    found += [Choice(f"adapters, rank {r}, lora_a frozen", "lora-c", LoraConfig(rank=r, freeze_a=True)) for r in RANKS]
+    for blocks in last_stages([conv.name for conv in network.convs if conv.weight != network.head_weight[0]]):
+        named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+        for r in RANKS:
+            lora = LoraConfig(rank=r, freeze_a=True, blocks=blocks)
+            found.append(Choice(f"adapters in {named}, rank {r}, lora_a frozen", "lora-c", lora))
+    return [*found, Choice("the head alone", "head", LoraConfig())]
+
+
+def last_stages(layers: Sequence[str]) -> list[tuple[str, ...]]:
+    """The last half and the last quarter of a network's blocks, by the names of its layers.
+
+    >>> last_stages(["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1", "layer4.0.conv1"])
+    [('layer3', 'layer4'), ('layer4',)]
+    """
+    blocks = _blocks(layers)
+    counts = {len(blocks) // 2, len(blocks) // 4} - {0}
+    return [tuple(blocks[-count:]) for count in sorted(counts, reverse=True)]
+
+
+def _blocks(layers: Sequence[str]) -> list[str]:
+    """Names cut at the first dot where there are more than two of them.
+
+    >>> _blocks(["features.0.0", "features.1.conv.0", "features.2.conv.0", "features.2.conv.1"])
+    ['features.0', 'features.1', 'features.2']
+    """
+    deepest = max((name.count(".") for name in layers), default=0)
+    cuts = [list(dict.fromkeys(".".join(n.split(".")[: d + 1]) for n in layers)) for d in range(deepest + 1)]
+    return next((cut for cut in cuts if len(cut) > 2), cuts[-1])
+
+
+def _fitted(graphs: Graphs, manifest: mf.Manifest, choice: Choice, budget: int, batch: int) -> Fit:
+    """Raises ConversionError if the network cannot be trained so."""
+    try:
+        planned = METHODS[choice.method](graphs.network, choice.lora)
+    except ValueError as err:
+        raise ConversionError(str(err)) from err
+    graphs = dataclasses.replace(graphs, plan=planned)
+    start = starting_values(planned, graphs.trained.values, seed=0)
+    config = StepConfig(manifest.training, form_of("auto", batch))
+    whole = steps.train_step(graphs, start, config)
+    first = peak(whole, batch)
+    size = _file_bytes(whole, graphs, manifest)
+    if first.total <= budget:
+        return Fit(choice, planned.trained_parameters, batch, first, size)
+    parts = (steps.gradient_step(graphs, start, config), steps.optimizer_step(graphs, config))
+    at_once, needed = _in_parts(parts, budget, batch)
+    return Fit(choice, planned.trained_parameters, at_once, needed, size)
+
+
+def _in_parts(parts: tuple[ir.Model, ir.Model], budget: int, batch: int) -> tuple[int, Peak]:
+    """(images together, their peak): the most that fit; (0, the peak of one) if none do."""
+    for size in (piece for piece in PIECES if piece < batch):
+        needed = peak(parts[0], size, optimizer=parts[1])
+        if needed.total <= budget:
+            return size, needed
+    return 0, peak(parts[0], 1, optimizer=parts[1])
+
+
+def _as_it_is(folder: Path, manifest: mf.Manifest, budget: int, batch: int) -> Fit:
+    files = {*manifest.engines[steps.ENGINE].files, mf.BASE}
+    storage = sum(manifest.files[name].nbytes for name in files)
+    needed, at_once = peak(ir.load(folder / steps.TRAIN), batch), batch
+    if needed.total > budget:
+        at_once = 0
+        if steps.GRADIENT in files:
+            gradient, optimizer = (ir.load(folder / name) for name in (steps.GRADIENT, steps.OPTIMIZER))
+            at_once, needed = _in_parts((gradient, optimizer), budget, batch)
+    return Fit(None, manifest.trained_parameters, at_once, needed, storage)
+
+
+def _file_bytes(whole: ir.Model, graphs: Graphs, manifest: mf.Manifest) -> int:
+    """About what the files take: base.onnx, train_step.onnx and as much again for the other graphs. Spends ``whole``."""
+    for name, value in whole.graph.initializers.items():
+        if name in graphs.trained.values:
+            value.const_value = ir.tensor(np.zeros(0, np.float32), name=name)
+    return manifest.files[mf.BASE].nbytes + 2 * len(to_bytes(whole))

@@ -1,0 +1,140 @@
+"""`lorac-deploy plan ARTIFACT --memory SIZE`: what a device with so much memory can train."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorac_deploy.commands._common import guarded, usage_errors
+
+if TYPE_CHECKING:
+    from lorac_exporters.memory_plan import Fit, MemoryPlan
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def memory_size(text: str) -> int:
+    """Bytes.
+
+    >>> memory_size("256MB"), memory_size("1GiB"), memory_size("1.5 G")
+    (256000000, 1073741824, 1500000000)
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is not a size; write it like 256MB, 512MiB or 1GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(
+        prog="lorac-deploy plan",
+        description="Say which ways to train the network of ARTIFACT fit into a device's memory, from computed peaks "
+        "of the engine onnxruntime (images that the program holds not counted), and how to get the one recommended. "
+        "Exit status 1 if nothing fits.",
+    )
+    p.add_argument("artifact", type=Path, help="folder that export-training-artifact wrote")
+    p.add_argument("--memory", required=True, metavar="SIZE", help="what the process may take, such as 256MB or 1GiB")
+    p.add_argument("--batch-size", type=int, help="images per step (default: the artifact's)")
+    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return p
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    p = parser()
+    args = p.parse_args(argv)
+    with usage_errors(p):
+        budget = memory_size(args.memory)
+    if args.batch_size is not None and args.batch_size < 1:
+        p.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    from lorac_exporters.memory_plan import plan_memory
+
+    plan = plan_memory(args.artifact, budget, batch=args.batch_size)
+    if args.json:
+        print(json.dumps(_as_dict(plan), indent=1))
+    else:
+        _show(plan, args.artifact)
+    return 0 if plan.best else 1
+
+
+def _as_dict(plan: MemoryPlan) -> dict[str, Any]:
+    return {
+        "budget": plan.budget,
+        "batch_size": plan.batch,
+        "recommended": plan.fits.index(plan.best) if plan.best else None,
+        "choices": [
+            {
+                "what": _label(fit),
+                "export_options": None if fit.choice is None else fit.choice.options,
+                "finetune_options": _finetune_options(plan, fit),
+                "trained_parameters": fit.trained,
+                "images_at_once": fit.at_once,
+                "peak": fit.peak.total,
+                "peak_parts": dataclasses.asdict(fit.peak),
+                "storage": fit.storage,
+            }
+            for fit in plan.fits
+        ],
+        "refused": dict(plan.refused),
+    }
+
+
+def _label(fit: Fit) -> str:
+    return "the artifact as it is" if fit.choice is None else fit.choice.label
+
+
+def _finetune_options(plan: MemoryPlan, fit: Fit) -> list[str]:
+    """What to give ort_finetune.py; nothing where the choice does not fit."""
+    if not fit.at_once:
+        return []
+    pieces = [] if fit.at_once == plan.batch else ["--micro-batch", str(fit.at_once)]
+    return ["--batch-size", str(plan.batch), *pieces]
+
+
+def _show(plan: MemoryPlan, artifact: Path) -> None:
+    table = Table(title=f"{artifact}: batches of {plan.batch} in {_mb(plan.budget)}")
+    for column in ("what trains", "parameters", "images at once", "peak", "saved for backward", "files"):
+        table.add_column(column, justify="left" if column == "what trains" else "right")
+    for fit in plan.fits:
+        at_once = _at_once(plan, fit)
+        cells = (f"{fit.trained:,}", at_once, _mb(fit.peak.total), _mb(fit.peak.saved), _mb(fit.storage))
+        table.add_row(_label(fit), *cells, style="bold green" if fit is plan.best else "" if fit.at_once else "dim")
+    console = Console()
+    console.print(table)
+    for label, reason in plan.refused:
+        console.print(f"left out: {label}: {reason}", soft_wrap=True, markup=False)
+    for line in _advice(plan, artifact):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _at_once(plan: MemoryPlan, fit: Fit) -> str:
+    if not fit.at_once:
+        return "does not fit"
+    return f"all {fit.at_once}" if fit.at_once == plan.batch else f"{fit.at_once} (micro-batch)"
+
+
+def _advice(plan: MemoryPlan, artifact: Path) -> list[str]:
+    best = plan.best
+    if best is None:
+        least = plan.smallest
+        return [f"nothing fits: the least is {_mb(least.peak.total)}, for {_label(least)}, an image at a time"]
+    lines = [f"recommended: {_label(best)}, a peak of {_mb(best.peak.total)}"]
+    if best.choice is not None:
+        lines.append(f"  export-training-artifact ... {' '.join(best.choice.options)} --bn frozen --engine onnxruntime")
+    return [*lines, f"  python runtime/ort_finetune.py {artifact} ... {' '.join(_finetune_options(plan, best))}"]
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

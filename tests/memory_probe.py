@@ -1,0 +1,56 @@
+"""Train a few steps of a step graph in this process, and print what memory that took, as JSON.
+
+``python memory_probe.py GRAPH BATCH STEPS``: bytes of the process after its imports, after opening, and at most.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lorac_runtime.engines import wheel
+from lorac_runtime.engines.carried import Carried, StepSession
+from lorac_runtime.engines.native import PROVIDERS, session_options
+
+M_MMAP_THRESHOLD, THRESHOLD = -3, 128 << 10
+KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) << 10
+
+
+def main(graph: str, batch: int, steps: int) -> dict[str, float]:
+    ort = wheel.load_inference()
+    imported = resident("VmHWM")
+    # What this process frees goes back to the system, as in the engine
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, THRESHOLD)
+    options = session_options(ort, 1)
+    options.enable_mem_pattern = options.enable_mem_reuse = False
+    session = ort.InferenceSession(graph, options, providers=list(PROVIDERS))
+    opened, held = resident("VmHWM"), resident("VmRSS")
+    rng = np.random.default_rng(0)
+    outputs = {value.name for value in session.get_outputs()}
+    carried, feeds = {}, {}
+    for value in session.get_inputs():
+        shape = [d if isinstance(d, int) else batch for d in value.shape]
+        numbers = rng.uniform(0, 0.01, shape).astype(KINDS[value.type])
+        (carried if f"{value.name}.next" in outputs else feeds)[value.name] = numbers
+    both = Carried(ort, carried)
+    carried.clear()
+    step = StepSession(ort, session, [both], [n for n in outputs if not n.endswith(".next")])
+    for _ in range(steps):
+        loss = step.run(feeds)["loss"]
+        both.swap()
+    return {"imported": imported, "opened": opened, "held": held, "peak": resident("VmHWM"), "loss": loss}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
