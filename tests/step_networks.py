@@ -280,6 +280,15 @@ def in_pytorch(net: nn.Module, case: Case, given: Iterable[Batch], dtype: torch.
     return Outcome(losses, norms, {name: value.detach().double().numpy() for name, value in after.items()})
 
 
+def in_pytorch_kernels(net: nn.Module, case: Case, given: Sequence[Batch]) -> list[Outcome]:
+    """Float32 PyTorch with each of its kinds of convolution: all equally right, each rounding in its own order."""
+    found = [in_pytorch(net, case, given, torch.float32)]
+    with torch.backends.mkldnn.flags(enabled=False):
+        found.append(in_pytorch(net, case, given, torch.float32))
+    transposed = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    return [*found, in_pytorch(transposed, case, given, torch.float32)]
+
+
 def _optimizer(parameters: Sequence[nn.Parameter], s: TrainingDefaults) -> torch.optim.Optimizer:
     if s.optimizer == "adamw":
         return torch.optim.AdamW(parameters, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, amsgrad=s.amsgrad)

@@ -20,6 +20,7 @@ from step_networks import (
     distances,
     in_graph,
     in_pytorch,
+    in_pytorch_kernels,
     prepared,
     starting,
     step_graph,
@@ -39,7 +40,8 @@ OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
 RATES = {"sgd": 0.1, "adamw": 3e-3}  # of the small networks
 DEEP_RATES = {"sgd": 2e-3, "adamw": 2e-4}  # small enough that ten steps do not multiply rounding errors
 POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch")
-DEEP = {"resnet18": 4, "resnet50": 2, "mobilenet_v2": 4, "mobilenet_v3_small": 4, "densenet121": 2}  # runs of the real
+# How many images make a batch of the real network: so many that hardly a run is without a flip.
+DEEP = {"resnet18": 6, "resnet50": 4, "mobilenet_v2": 4, "mobilenet_v3_small": 16, "densenet121": 4}
 UNETS = ("unet_transposed", "unet_bilinear")
 
 # Every pair of optimizer, policy and layout in four runs instead of eight; the small network does all eight.
@@ -135,31 +137,36 @@ def test_ten_steps_of_the_smooth_copy_of_a_network_are_pytorchs(name: str, pair:
     check(name, case_of(pair), DEEP_RATES[pair[0]], torch.float32, size=4)
 
 
-def check_yardstick(name: str, pair: Pair, rates: dict[str, float], *, seeds: int) -> None:
-    """Whether a run meets a flip is luck: the worst of several runs of ten steps counts, on either side."""
-    case = case_of(pair)
+def clipped(case: Case) -> Case:
+    """Without clipping, gradients of real networks at random labels (norm 1600 in ResNet-50) end in chaos for all."""
+    return dataclasses.replace(case, training=dataclasses.replace(case.training, clip_norm=1.0))
+
+
+def check_yardstick(name: str, pair: Pair, rates: dict[str, float], *, size: int, seeds: int = 2) -> None:
+    """Whether a run meets a flip, and how soon, is luck: on either side the worst of several runs counts."""
+    case = clipped(case_of(pair))
     net = prepared(name, case, smooth=False)
     start = starting(net, case)
     graph = step_graph(name, case, start, smooth=False)
     ours, theirs = [], []
     for seed in range(seeds):
-        given = batches(name, lr=rates[pair[0]], size=4, seed=seed)
-        found = in_graph(graph, start, given)
-        exact, single = (in_pytorch(net, case, given, dtype) for dtype in (torch.float64, torch.float32))
-        assert found.losses[0] == pytest.approx(exact.losses[0], rel=1e-5)
+        given = batches(name, lr=rates[pair[0]], size=size, seed=seed)
+        found, exact = in_graph(graph, start, given), in_pytorch(net, case, given, torch.float64)
+        assert found.losses[0] == pytest.approx(exact.losses[0], rel=1e-4)
         ours.append(worst(trained_only(distances(found, exact))))
-        theirs.append(worst(trained_only(distances(single, exact))))
+        singles = in_pytorch_kernels(net, case, given)
+        theirs += [worst(trained_only(distances(single, exact))) for single in singles]
     assert max(ours)[0] <= YARDSTICK * max(theirs)[0], (ours, theirs)
 
 
 @pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
 def test_real_unets_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair: Pair) -> None:
-    check_yardstick(name, pair, RATES, seeds=4)
+    check_yardstick(name, pair, RATES, size=6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [PAIRS[1], PAIRS[2]], ids=" ".join)
-@pytest.mark.parametrize(("name", "seeds"), DEEP.items())
-def test_real_networks_are_as_near_to_float64_as_pytorch_float32_is(name: str, seeds: int, pair: Pair) -> None:
-    check_yardstick(name, pair, DEEP_RATES, seeds=seeds)
+@pytest.mark.parametrize(("name", "size"), DEEP.items())
+def test_real_networks_are_as_near_to_float64_as_pytorch_float32_is(name: str, size: int, pair: Pair) -> None:
+    check_yardstick(name, pair, DEEP_RATES, size=size)

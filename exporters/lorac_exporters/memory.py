@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from lorac_exporters.gradients.tape import dims
 from lorac_exporters.graph_tools import name_of
 from lorac_exporters.memory_order import ancestors, buffers, byte_size, constant_values, highest
 
@@ -83,18 +84,30 @@ def peak(model: ir.Model, batch: int, *, optimizer: ir.Model | None = None) -> P
 
 
 def saved_activations(model: ir.Model, batch: int) -> int:
-    """Bytes of forward values that the backward pass reads. A view counts as what it is a view of, once."""
+    """Bytes of forward values computed from the images that the backward pass reads, views of a value once."""
     graph = model.graph
     forward = ancestors(next(output for output in graph.outputs if output.name == LOSS))
+    activations = {value for node in forward & _from_the_batch(graph) for value in node.outputs}
     found = buffers(graph, batch)
     kept = {
         found.root[value]
         for node in found.order
         if node not in forward
         for value in node.inputs
-        if value is not None and value in found.root and value.producer() in forward
+        if value in found.root and value in activations
     }
     return sum(found.size[root] for root in kept)
+
+
+def _from_the_batch(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that read images or labels, directly or not."""
+    reached = {value for value in graph.inputs if "batch" in dims(value)}
+    found = set()
+    for node in graph:
+        if any(value in reached for value in node.inputs):
+            found.add(node)
+            reached |= set(node.outputs)
+    return found
 
 
 def state(graphs: Sequence[ir.Graph], batch: int) -> int:

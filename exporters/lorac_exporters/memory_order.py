@@ -109,13 +109,10 @@ def buffers(graph: ir.Graph, batch: int) -> Buffers:
     order = execution_order(graph)
     place = {node: index for index, node in enumerate(order)}
     found = Buffers(order, {}, {}, {})
-    for index, node in enumerate(order):
+    for node in order:
         for output in node.outputs:
             if not output.is_graph_output():
                 _place_output(found, place, node, output, byte_size(output, batch))
-        for value in node.inputs:
-            if value in found.root:
-                found.last[found.root[value]] = index
     return found
 
 

@@ -37,11 +37,15 @@ class Choice:
     lora: LoraConfig
 
     @property
+    def rank(self) -> int | None:
+        """The nominal rank of adapters."""
+        return self.lora.rank if self.method == "lora-c" else None
+
+    @property
     def options(self) -> tuple[str, ...]:
         """What to give export-training-artifact."""
         found = ["--method", self.method]
-        if self.method == "lora-c":
-            found += ["--rank", str(self.lora.rank)]
+        found += [] if self.rank is None else ["--rank", str(self.rank)]
         found += ["--freeze-a"] if self.lora.freeze_a else []
         return (*found, *(("--blocks", ",".join(self.lora.blocks)) if self.lora.blocks else ()))
 
@@ -50,8 +54,8 @@ class Choice:
 class Fit:
     """A choice within a budget: ``at_once`` images of a batch are computed together, 0 where not even one fits.
 
-    ``peak`` is that of ``at_once``, or of a single image. ``storage``: bytes of the files that train. ``choice`` None
-    is the artifact as it is.
+    ``peak`` is that of ``at_once``, or else the least that was found. ``storage``: bytes of the files that train.
+    ``choice`` None is the artifact as it is.
     """
 
     choice: Choice | None
@@ -118,13 +122,13 @@ def read_graphs(folder: Path, manifest: mf.Manifest) -> Graphs:
 def choices(network: Network) -> list[Choice]:
     """Everything, adapters everywhere, with a frozen half, in the last stages alone, and the head alone."""
     found = [Choice("everything", "full", LoraConfig())]
-    found += [Choice(f"adapters, rank {r}", "lora-c", LoraConfig(rank=r)) for r in RANKS]
-    found += [Choice(f"adapters, rank {r}, lora_a frozen", "lora-c", LoraConfig(rank=r, freeze_a=True)) for r in RANKS]
+    found += [Choice("adapters", "lora-c", LoraConfig(rank=r)) for r in RANKS]
+    found += [Choice("adapters, A frozen", "lora-c", LoraConfig(rank=r, freeze_a=True)) for r in RANKS]
     for blocks in last_stages([conv.name for conv in network.convs if conv.weight != network.head_weight[0]]):
-        named = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+        named = ",".join(blocks) if len(blocks) < 3 else f"{blocks[0]} to {blocks[-1]}"
         for r in RANKS:
             lora = LoraConfig(rank=r, freeze_a=True, blocks=blocks)
-            found.append(Choice(f"adapters in {named}, rank {r}, lora_a frozen", "lora-c", lora))
+            found.append(Choice(f"{named}, A frozen", "lora-c", lora))
     return [*found, Choice("the head alone", "head", LoraConfig())]
 
 
@@ -165,17 +169,17 @@ def _fitted(graphs: Graphs, manifest: mf.Manifest, choice: Choice, budget: int, 
     if first.total <= budget:
         return Fit(choice, planned.trained_parameters, batch, first, size)
     parts = (steps.gradient_step(graphs, start, config), steps.optimizer_step(graphs, config))
-    at_once, needed = _in_parts(parts, budget, batch)
+    at_once, needed = _in_parts(parts, first, budget, batch)
     return Fit(choice, planned.trained_parameters, at_once, needed, size)
 
 
-def _in_parts(parts: tuple[ir.Model, ir.Model], budget: int, batch: int) -> tuple[int, Peak]:
-    """(images together, their peak): the most that fit; (0, the peak of one) if none do."""
-    for size in (piece for piece in PIECES if piece < batch):
-        needed = peak(parts[0], size, optimizer=parts[1])
-        if needed.total <= budget:
-            return size, needed
-    return 0, peak(parts[0], 1, optimizer=parts[1])
+def _in_parts(parts: tuple[ir.Model, ir.Model], whole: Peak, budget: int, batch: int) -> tuple[int, Peak]:
+    """(images together, their peak): the most that fit; if none do, 0 and the least, ``whole`` batches included."""
+    one = peak(parts[0], 1, optimizer=parts[1])
+    if batch == 1 or one.total > budget:
+        return 0, min(whole, one, key=lambda found: found.total)
+    tried = ((piece, peak(parts[0], piece, optimizer=parts[1])) for piece in PIECES if 1 < piece < batch)
+    return next(((piece, found) for piece, found in tried if found.total <= budget), (1, one))
 
 
 def _as_it_is(folder: Path, manifest: mf.Manifest, budget: int, batch: int) -> Fit:
@@ -186,12 +190,12 @@ def _as_it_is(folder: Path, manifest: mf.Manifest, budget: int, batch: int) -> F
         at_once = 0
         if steps.GRADIENT in files:
             gradient, optimizer = (ir.load(folder / name) for name in (steps.GRADIENT, steps.OPTIMIZER))
-            at_once, needed = _in_parts((gradient, optimizer), budget, batch)
+            at_once, needed = _in_parts((gradient, optimizer), needed, budget, batch)
     return Fit(None, manifest.trained_parameters, at_once, needed, storage)
 
 
 def _file_bytes(whole: ir.Model, graphs: Graphs, manifest: mf.Manifest) -> int:
-    """About what the files take: base.onnx, train_step.onnx and as much again for the other graphs. Spends ``whole``."""
+    """About what the files take: base.onnx, and train_step.onnx twice, for all graphs. ``whole`` loses its weights."""
     for name, value in whole.graph.initializers.items():
         if name in graphs.trained.values:
             value.const_value = ir.tensor(np.zeros(0, np.float32), name=name)

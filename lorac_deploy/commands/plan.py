@@ -77,6 +77,7 @@ def _as_dict(plan: MemoryPlan) -> dict[str, Any]:
         "choices": [
             {
                 "what": _label(fit),
+                "rank": None if fit.choice is None else fit.choice.rank,
                 "export_options": None if fit.choice is None else fit.choice.options,
                 "finetune_options": _finetune_options(plan, fit),
                 "trained_parameters": fit.trained,
@@ -92,7 +93,12 @@ def _as_dict(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _label(fit: Fit) -> str:
-    return "the artifact as it is" if fit.choice is None else fit.choice.label
+    return "now (as exported)" if fit.choice is None else fit.choice.label
+
+
+def _named(fit: Fit) -> str:
+    rank = None if fit.choice is None else fit.choice.rank
+    return _label(fit) + ("" if rank is None else f", rank {rank}")
 
 
 def _finetune_options(plan: MemoryPlan, fit: Fit) -> list[str]:
@@ -105,12 +111,13 @@ def _finetune_options(plan: MemoryPlan, fit: Fit) -> list[str]:
 
 def _show(plan: MemoryPlan, artifact: Path) -> None:
     table = Table(title=f"{artifact}: batches of {plan.batch} in {_mb(plan.budget)}")
-    for column in ("what trains", "parameters", "images at once", "peak", "saved for backward", "files"):
+    for column in ("what trains", "rank", "parameters", "at once", "peak", "saved", "files"):
         table.add_column(column, justify="left" if column == "what trains" else "right")
     for fit in plan.fits:
-        at_once = _at_once(plan, fit)
-        cells = (f"{fit.trained:,}", at_once, _mb(fit.peak.total), _mb(fit.peak.saved), _mb(fit.storage))
-        table.add_row(_label(fit), *cells, style="bold green" if fit is plan.best else "" if fit.at_once else "dim")
+        rank = "" if fit.choice is None or fit.choice.rank is None else str(fit.choice.rank)
+        bytes_ = (_mb(count) for count in (fit.peak.total, fit.peak.saved, fit.storage))
+        cells = (_label(fit), rank, f"{fit.trained:,}", _at_once(plan, fit), *bytes_)
+        table.add_row(*cells, style="bold green" if fit is plan.best else "" if fit.at_once else "dim")
     console = Console()
     console.print(table)
     for label, reason in plan.refused:
@@ -120,17 +127,17 @@ def _show(plan: MemoryPlan, artifact: Path) -> None:
 
 
 def _at_once(plan: MemoryPlan, fit: Fit) -> str:
-    if not fit.at_once:
-        return "does not fit"
-    return f"all {fit.at_once}" if fit.at_once == plan.batch else f"{fit.at_once} (micro-batch)"
+    """How many images of a batch are computed together."""
+    return f"{fit.at_once} of {plan.batch}" if fit.at_once else "no fit"
 
 
 def _advice(plan: MemoryPlan, artifact: Path) -> list[str]:
     best = plan.best
     if best is None:
         least = plan.smallest
-        return [f"nothing fits: the least is {_mb(least.peak.total)}, for {_label(least)}, an image at a time"]
-    lines = [f"recommended: {_label(best)}, a peak of {_mb(best.peak.total)}"]
+        alone = f"; Python and onnxruntime alone take {_mb(least.peak.process)}"
+        return [f"nothing fits: the least is {_mb(least.peak.total)}, for {_named(least)}{alone}"]
+    lines = [f"recommended: {_named(best)}, a peak of {_mb(best.peak.total)}"]
     if best.choice is not None:
         lines.append(f"  export-training-artifact ... {' '.join(best.choice.options)} --bn frozen --engine onnxruntime")
     return [*lines, f"  python runtime/ort_finetune.py {artifact} ... {' '.join(_finetune_options(plan, best))}"]
