@@ -6,7 +6,6 @@ while it was opened, the most while it stepped, and the larger of these two.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from pathlib import Path
@@ -15,9 +14,8 @@ import numpy as np
 
 from lorac_runtime.engines import wheel
 from lorac_runtime.engines.carried import Carried, StepSession
-from lorac_runtime.engines.native import PROVIDERS, session_options
+from lorac_runtime.engines.native import PROVIDERS, frugal, return_freed_memory, session_options
 
-M_MMAP_THRESHOLD, THRESHOLD = -3, 128 << 10
 KINDS = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
 
 
@@ -31,11 +29,8 @@ def resident(field: str) -> int:
 def main(graph: str, batch: int, steps: int) -> dict[str, float]:
     ort = wheel.load_inference()
     imported = resident("VmHWM")
-    # What this process frees goes back to the system, as in the engine
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, THRESHOLD)
-    options = session_options(ort, 1)
-    options.enable_mem_pattern = options.enable_mem_reuse = False
-    session = ort.InferenceSession(graph, options, providers=list(PROVIDERS))
+    return_freed_memory()
+    session = ort.InferenceSession(graph, frugal(session_options(ort, 1)), providers=list(PROVIDERS))
     opened, held = resident("VmHWM"), resident("VmRSS")
     rng = np.random.default_rng(0)
     outputs = {value.name for value in session.get_outputs()}

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -283,8 +284,10 @@ def in_pytorch(net: nn.Module, case: Case, given: Iterable[Batch], dtype: torch.
 def in_pytorch_kernels(net: nn.Module, case: Case, given: Sequence[Batch]) -> list[Outcome]:
     """Float32 PyTorch with each of its kinds of convolution: all equally right, each rounding in its own order."""
     found = [in_pytorch(net, case, given, torch.float32)]
-    with torch.backends.mkldnn.flags(enabled=False):
-        found.append(in_pytorch(net, case, given, torch.float32))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TF32 acceleration", category=UserWarning)  # of Intel's GPUs
+        with torch.backends.mkldnn.flags(enabled=False):
+            found.append(in_pytorch(net, case, given, torch.float32))
     transposed = copy.deepcopy(net).to(memory_format=torch.channels_last)
     return [*found, in_pytorch(transposed, case, given, torch.float32)]
 

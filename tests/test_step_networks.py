@@ -34,14 +34,21 @@ from lorac_runtime.manifest import BnPolicy, TrainingDefaults
 
 TOLERANCE = 1e-4
 YARDSTICK = 3.0  # times the error of float32 PyTorch
+FLOOR = 1e-5  # where neither side met a flip, a tenth of what smooth copies may differ by
 SGD = TrainingDefaults(optimizer="sgd", momentum=0.9, clip_norm=0.0, label_smoothing=0.1)
 ADAMW = TrainingDefaults(weight_decay=0.01, clip_norm=1.0)
 OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
 RATES = {"sgd": 0.1, "adamw": 3e-3}  # of the small networks
 DEEP_RATES = {"sgd": 2e-3, "adamw": 2e-4}  # small enough that ten steps do not multiply rounding errors
 POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch")
-# How many images make a batch of the real network: so many that hardly a run is without a flip.
-DEEP = {"resnet18": 6, "resnet50": 4, "mobilenet_v2": 4, "mobilenet_v3_small": 16, "densenet121": 4}
+# (images of a batch of the real network: so many that hardly a run is without a flip; runs)
+DEEP = {
+    "resnet18": (6, 2),
+    "resnet50": (4, 1),
+    "mobilenet_v2": (4, 2),
+    "mobilenet_v3_small": (16, 2),
+    "densenet121": (4, 1),
+}
 UNETS = ("unet_transposed", "unet_bilinear")
 
 # Every pair of optimizer, policy and layout in four runs instead of eight; the small network does all eight.
@@ -142,7 +149,7 @@ def clipped(case: Case) -> Case:
     return dataclasses.replace(case, training=dataclasses.replace(case.training, clip_norm=1.0))
 
 
-def check_yardstick(name: str, pair: Pair, rates: dict[str, float], *, size: int, seeds: int = 2) -> None:
+def check_yardstick(name: str, pair: Pair, rates: dict[str, float], *, size: int, seeds: int) -> None:
     """Whether a run meets a flip, and how soon, is luck: on either side the worst of several runs counts."""
     case = clipped(case_of(pair))
     net = prepared(name, case, smooth=False)
@@ -156,17 +163,18 @@ def check_yardstick(name: str, pair: Pair, rates: dict[str, float], *, size: int
         ours.append(worst(trained_only(distances(found, exact))))
         singles = in_pytorch_kernels(net, case, given)
         theirs += [worst(trained_only(distances(single, exact))) for single in singles]
-    assert max(ours)[0] <= YARDSTICK * max(theirs)[0], (ours, theirs)
+    assert max(ours)[0] <= max(YARDSTICK * max(theirs)[0], FLOOR), (ours, theirs)
 
 
 @pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
 def test_real_unets_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair: Pair) -> None:
-    check_yardstick(name, pair, RATES, size=6)
+    check_yardstick(name, pair, RATES, size=6, seeds=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", [PAIRS[1], PAIRS[2]], ids=" ".join)
-@pytest.mark.parametrize(("name", "size"), DEEP.items())
-def test_real_networks_are_as_near_to_float64_as_pytorch_float32_is(name: str, size: int, pair: Pair) -> None:
-    check_yardstick(name, pair, DEEP_RATES, size=size)
+@pytest.mark.parametrize("name", DEEP)
+def test_real_networks_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair: Pair) -> None:
+    size, seeds = DEEP[name]
+    check_yardstick(name, pair, DEEP_RATES, size=size, seeds=seeds)

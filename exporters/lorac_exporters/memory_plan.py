@@ -112,6 +112,8 @@ def read_graphs(folder: Path, manifest: mf.Manifest) -> Graphs:
     """The folded network of an artifact, its batch normalisations frozen; no plan yet."""
     model = ir.load(folder / mf.BASE)
     values = {n: float_array(v) for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT}
+    for name, numbers in values.items():  # read from the file once, not for every graph that is made
+        model.graph.initializers[name].const_value = ir.tensor(numbers, name=name)
     base = Canonical(model, (), manifest.batchnorms, values, frozenset())
     network = describe(base)
     head = sum(values[name].size for name, _ in (network.head_weight, network.head_bias or network.head_weight))

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lorac_exporters.gradients.tape import Tape, dims, sizes
+from lorac_exporters.graph_tools import need
 from lorac_runtime.manifest import TrainingDefaults
 
 Values = Mapping[str, ir.Value]
@@ -68,7 +69,7 @@ def groups(shapes: Mapping[str, tuple[int, ...]], *, large: int = 1 << 18) -> li
 
 def pack(tape: Tape, tensors: Sequence[ir.Value]) -> ir.Value:
     """The tensors flattened and joined in one vector (n,); their shapes must be static. One vector is itself."""
-    flat = [_reshaped(tape, tensor, (math.prod(sizes(tensor)),)) for tensor in tensors]
+    flat = [_reshaped(tape, _before_reshape(tensor), (math.prod(sizes(tensor)),)) for tensor in tensors]
     if len(flat) == 1:
         return flat[0]
     total = sum(sizes(vector)[0] for vector in flat)
@@ -82,6 +83,19 @@ def unpack(tape: Tape, vector: ir.Value, like: Sequence[ir.Value]) -> list[ir.Va
     if len(like) > 1:
         parts = tape.multi_op("Split", [vector, tape.ints(*lengths)], [(n,) for n in lengths], name="part")
     return [_reshaped(tape, part, sizes(value)) for part, value in zip(parts, like, strict=True)]
+
+
+def _before_reshape(value: ir.Value) -> ir.Value:
+    """What a value was before it was only reshaped.
+
+    onnxruntime joins two Reshapes in a row into a node that it runs late, and everything before it with it, so that
+    the gradients of all layers would be alive at once.
+    """
+    node = value.producer()
+    while node is not None and node.op_type == "Reshape":
+        value = need(node.inputs[0])
+        node = value.producer()
+    return value
 
 
 def _reshaped(tape: Tape, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:

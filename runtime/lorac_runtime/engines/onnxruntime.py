@@ -19,7 +19,7 @@ from lorac_runtime.engines import step_graph as sg
 from lorac_runtime.engines import training_state as ts
 from lorac_runtime.engines.carried import Carried, StepSession
 from lorac_runtime.engines.folded import FoldedBatchnorm
-from lorac_runtime.engines.native import PROVIDERS, session_options, translated
+from lorac_runtime.engines.native import PROVIDERS, frugal, return_freed_memory, session_options, translated
 from lorac_runtime.errors import CheckpointError, EngineError
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import ADAPTER, Manifest
@@ -53,6 +53,7 @@ class OnnxRuntime:
                 "micro-batches do not go with BN policy 'batch': statistics are those of the whole batch. "
                 "Leave --micro-batch out, or export with another policy"
             )
+        return_freed_memory()
         self._ort = wheel.load_inference()
         self.version = str(self._ort.__version__)
         self._folder, self._manifest, self._micro_batch = folder, manifest, micro_batch
@@ -246,4 +247,4 @@ class OnnxRuntime:
             return self._ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
 
     def _options(self) -> Any:
-        return session_options(self._ort, self._threads)
+        return frugal(session_options(self._ort, self._threads))
