@@ -59,6 +59,8 @@ PAIRS: list[tuple[str, BnPolicy, Layout]] = [
     ("adamw", "batch", "spatial"),
 ]
 Pair = tuple[str, BnPolicy, Layout]
+# The two networks that take longest do two pairs as smooth copies and the other two as they are.
+SMOOTH = [(n, p) for n in DEEP for p in PAIRS if n not in ("resnet50", "densenet121") or p in (PAIRS[0], PAIRS[3])]
 
 
 def case_of(pair: Pair) -> Case:
@@ -138,8 +140,7 @@ def test_ten_steps_of_a_unet_with_a_class_for_each_pixel_are_pytorchs(name: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize(("name", "pair"), SMOOTH, ids=lambda part: part if isinstance(part, str) else " ".join(part))
 def test_ten_steps_of_the_smooth_copy_of_a_network_are_pytorchs(name: str, pair: Pair) -> None:
     check(name, case_of(pair), DEEP_RATES[pair[0]], torch.float32, size=4)
 
