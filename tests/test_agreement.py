@@ -36,13 +36,15 @@ def test_pytorch_the_eval_graph_and_the_fused_file_agree(name: str, tmp_path: Pa
     images = random_inputs(SPEC, 4, seed=0)
     with torch.no_grad():
         plain = net(torch.from_numpy(images)).numpy()
-    unadapted = export(graph, tmp_path / "head", ArtifactConfig(method="head"))
+    unadapted = export(graph, tmp_path / "head", ArtifactConfig(method="head", engine="both"))
     # eval graphs take weights as inputs, and then other kernels run than in base.onnx: compare like with like
     base = eval_logits(unadapted, images, None)
     assert np.abs(base - run_onnx(unadapted / mf.BASE, images)).max() <= 1e-4 * largest(plain)
     for layout in LAYOUTS:
-        folder = export(graph, tmp_path / layout, ArtifactConfig(lora=LoraConfig(layout=layout)))
+        folder = export(graph, tmp_path / layout, ArtifactConfig(lora=LoraConfig(layout=layout), engine="both"))
         assert np.abs(eval_logits(folder, images, None) - base).max() <= 1e-6 * largest(plain)
+        untouched = eval_logits(folder, images, None, engine="onnxruntime")  # its branch is added in another order
+        assert np.abs(untouched - base).max() <= 1e-5 * largest(plain)
         check_one(net, folder, layout, images, plain, tmp_path / f"{layout}-fused.onnx")
 
 
@@ -72,16 +74,19 @@ def check_one(
     fuse(folder, target, state)
     save_adapter(target.with_suffix(".safetensors"), state, adapter_metadata(manifest))
     bound = 1e-4 * largest(expected)
-    assert np.abs(eval_logits(folder, images, state) - expected).max() <= bound
+    for engine in ("onnxruntime", "onnxruntime-training"):
+        assert np.abs(eval_logits(folder, images, state, engine=engine) - expected).max() <= bound
     assert np.abs(run_onnx(target, images) - expected).max() <= bound
     report = verify(folder / mf.BASE, target, adapter=target.with_suffix(".safetensors"))
     assert report.ok
     assert {check.verdict for check in report.checks} == {"pass"}
 
 
-def eval_logits(folder: Path, images: np.ndarray, state: dict[str, np.ndarray] | None) -> np.ndarray:
-    engine = open_engine(folder, mf.load(folder))
+def eval_logits(
+    folder: Path, images: np.ndarray, state: dict[str, np.ndarray] | None, *, engine: str = "onnxruntime-training"
+) -> np.ndarray:
+    opened = open_engine(folder, mf.load(folder), engine=engine)
     if state is not None:
-        engine.load_state(state)
-    _, logits = engine.eval_step(images, np.zeros(len(images), np.int64))
+        opened.load_state(state)
+    _, logits = opened.eval_step(images, np.zeros(len(images), np.int64))
     return logits
