@@ -40,11 +40,12 @@ def test_pytorch_the_eval_graph_and_the_fused_file_agree(name: str, tmp_path: Pa
     # eval graphs take weights as inputs, and then other kernels run than in base.onnx: compare like with like
     base = eval_logits(unadapted, images, None)
     assert np.abs(base - run_onnx(unadapted / mf.BASE, images)).max() <= 1e-4 * largest(plain)
+    bound = 1e-4 * largest(plain)
     for layout in LAYOUTS:
         folder = export(graph, tmp_path / layout, ArtifactConfig(lora=LoraConfig(layout=layout), engine="both"))
         assert np.abs(eval_logits(folder, images, None) - base).max() <= 1e-6 * largest(plain)
-        untouched = eval_logits(folder, images, None, engine="onnxruntime")  # its branch is added in another order
-        assert np.abs(untouched - base).max() <= 1e-5 * largest(plain)
+        untouched = eval_logits(folder, images, None, engine="onnxruntime")  # its sums are fused in another order
+        assert np.abs(untouched - eval_logits(unadapted, images, None, engine="onnxruntime")).max() <= bound
         check_one(net, folder, layout, images, plain, tmp_path / f"{layout}-fused.onnx")
 
 
