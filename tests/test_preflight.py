@@ -11,7 +11,7 @@ from exporter_graphs import constants, from_text, numbers
 from operator_bodies import DIFFERENTIABLE, REFUSED, REWRITTEN, operator_model
 
 from lorac_exporters.canonical import canonicalize
-from lorac_exporters.preflight import ENGINES, Problem, require_trainable, untrainable
+from lorac_exporters.preflight import ENGINES, Problem, require_none, untrainable
 from lorac_exporters.shapes import settle_shapes
 from lorac_runtime.errors import ConversionError
 
@@ -32,7 +32,7 @@ def test_operators_without_a_gradient_are_named(name: str) -> None:
     (problem,) = untrainable(model, ["w"], engine=ENGINE)
     assert problem.operator == name.split(",")[0].split(" ")[0]
     with pytest.raises(ConversionError, match=f"{problem.operator} '"):
-        require_trainable(model, ["w"], engine=ENGINE)
+        require_none(untrainable(model, ["w"], engine=ENGINE), engine=ENGINE)
 
 
 def test_the_table_holds_what_was_measured_here() -> None:
@@ -64,11 +64,11 @@ def test_all_nodes_in_the_way_come_in_one_message_with_what_to_do() -> None:
     for node, name in zip(model.graph, "abcdefghi", strict=False):
         node.name = f"/layer/{name}"
     with pytest.raises(ConversionError) as caught:
-        require_trainable(model, ["stem.weight"], engine=ENGINE)
+        require_none(untrainable(model, ["stem.weight"], engine=ENGINE), engine=ENGINE)
     head, *lines = str(caught.value).splitlines()
     assert lines == ["  - Floor '/layer/b': Floor has no gradient", "  - Round '/layer/d': Round has no gradient"]
     assert "method head" in head
-    require_trainable(model, ["fc.weight"], engine=ENGINE)
+    require_none(untrainable(model, ["fc.weight"], engine=ENGINE), engine=ENGINE)
 
 
 def test_a_node_beside_the_output_does_not_matter() -> None:

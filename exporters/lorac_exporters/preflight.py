@@ -136,16 +136,8 @@ def untrainable(model: ir.Model, trainable_names: Iterable[str], *, engine: str)
     return tuple(Problem(node.op_type, describe(node), text) for node, text in reasons if text is not None)
 
 
-def require_trainable(model: ir.Model, trainable_names: Iterable[str], *, engine: str) -> None:
-    """Refuse a model that ``engine`` cannot train.
-
-    Raises ConversionError naming every node in the way, and what can be done.
-    """
-    require_none(untrainable(model, trainable_names, engine=engine), engine=engine)
-
-
 def require_none(problems: Sequence[Problem], *, engine: str) -> None:
-    """Raises ConversionError naming every problem, and what can be done."""
+    """Refuse a model with these `untrainable` nodes. Raises ConversionError naming each, and what can be done."""
     if problems:
         headline = (
             f"the engine {engine} cannot train through these nodes; train fewer layers (method head), "
