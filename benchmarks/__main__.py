@@ -13,6 +13,7 @@ BENCHMARKS = {
     "setup": "make the Python environments that other benchmarks need",
     "startup": "seconds from starting the process to the end of the first step, beside PyTorch",
     "step": "time of a fine-tuning step, beside PyTorch, onnxruntime-training and onnxsim",
+    "tflite": "latency of .tflite files: fused beside base beside other converters, on both runtimes",
 }
 
 

@@ -7,7 +7,10 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("numpy", "torch", "onnx", "onnxruntime-training-cpu", "onnxruntime", "onnxsim", "safetensors")
+PACKAGES = (
+    *("numpy", "torch", "onnx", "onnxruntime-training-cpu", "onnxruntime", "onnxsim", "safetensors"),
+    *("tflite-runtime", "ai-edge-litert", "litert-torch", "onnx2tf", "tensorflow"),
+)
 
 
 def environment() -> dict[str, object]:

@@ -16,11 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "project"
 RUNTIME = "bench-ort"
 ONNXSIM = "bench-onnxsim"
+LITERT_TORCH, ONNX2TF = "bench-litert-torch", "bench-onnx2tf"
+TFLITE_RUNTIME, LITERT = "tflite-runtime", "litert"  # made by `make tflite-env`
 PACKAGES: dict[str, tuple[str, ...]] = {
     RUNTIME: ("onnxruntime", "numpy>=2", "-e", "./runtime"),  # editable: what is measured is this checkout
     ONNXSIM: ("onnxsim==0.8.1", "onnxruntime", "numpy>=2", "safetensors"),
+    LITERT_TORCH: ("torch==2.13.0", "litert-torch==0.10.0"),  # torch named, or pip takes a build for CUDA
+    ONNX2TF: ("onnx2tf==1.29.24", "tensorflow-cpu==2.19.1", "tf_keras==2.19.0", "onnx==1.19.1", "onnxruntime"),
 }
-NAMES = (PROJECT, *PACKAGES)
+NAMES = (PROJECT, *PACKAGES, TFLITE_RUNTIME, LITERT)
 
 
 def python(name: str, given: Mapping[str, Path]) -> Path:
@@ -35,10 +39,14 @@ def python(name: str, given: Mapping[str, Path]) -> Path:
     path = _folder(name) / "bin" / "python"
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no environment {name} in {path.parent.parent}: run `python -m benchmarks setup`, "
+            f"there is no environment {name} in {path.parent.parent}: run `{_maker(name)}`, "
             f"or name its interpreter with --python {name}=PATH"
         )
     return path
+
+
+def _maker(name: str) -> str:
+    return "python -m benchmarks setup" if name in PACKAGES else "make tflite-env"
 
 
 def create(name: str) -> Path:

@@ -55,7 +55,7 @@ def peak_bytes() -> int:
 
 def serve(prepare: Callable[[Job], Step]) -> int:
     """Answer requests about the job on the command line until stdin ends. Imports should be done by now."""
-    out = _own_stdout()
+    out = own_stdout()
     imported, step = peak_bytes(), None
     for line in sys.stdin:
         try:
@@ -67,7 +67,7 @@ def serve(prepare: Callable[[Job], Step]) -> int:
     return 0
 
 
-def _own_stdout() -> IO[str]:
+def own_stdout() -> IO[str]:
     """What is stdout now; whatever libraries print goes to stderr from here on."""
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

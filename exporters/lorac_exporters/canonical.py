@@ -55,11 +55,12 @@ class Canonical:
     added: frozenset[str]
 
 
-def canonicalize(model: ir.Model, *, fold: bool = True) -> Canonical:
+def canonicalize(model: ir.Model, *, fold: bool = True, head: bool = True) -> Canonical:
     """The canonical form of ``model``, which itself is not changed; the same input gives the same bytes.
 
     With ``fold=False`` BatchNormalization nodes stay as they are, and their numbers are in ``values``. A batch size
-    fixed in the file is freed, and the result compared with the original by running both.
+    fixed in the file is freed, and the result compared with the original by running both. With ``head=False`` the
+    model need not be a classifier: its output may have any shape that begins with the batch, one score per pixel say.
 
     Raises ConversionError if the model cannot be adapted, naming all that is in the way.
     """
@@ -69,13 +70,13 @@ def canonicalize(model: ir.Model, *, fold: bool = True) -> Canonical:
     changes += [*free_batch(twin), *settle_shapes(twin)]
     changes += [*cleaning.drop_idle_pads(twin), *cleaning.explicit_pads(twin.graph)]
     changes += unshare(twin.graph)
-    added, text = _complete(twin, given)
+    added, text = _complete(twin, given, head=head)
     changes += text
     sites = find_batchnorms(twin.graph)
     if fold:
         changes += fold_batchnorms(sites)
     changes += _finish(twin)
-    _check_canonical(twin, folded=fold)
+    _check_canonical(twin, folded=fold, head=head)
     if fixed_batch is not None:
         check_free_batch(model, twin, fixed_batch)
     return _result(twin, changes, sites, added)
@@ -105,11 +106,11 @@ def _clean(model: ir.Model) -> tuple[list[str], frozenset[str]]:
     return [*changes, *cleaning.fold_constants(model), *cleaning.drop_idle_nodes(model)], given
 
 
-def _complete(model: ir.Model, given: frozenset[str]) -> tuple[list[str], list[str]]:
+def _complete(model: ir.Model, given: frozenset[str], *, head: bool) -> tuple[list[str], list[str]]:
     """Biases everywhere and a head in canonical form; returns names of added parameters, and the changes."""
     neutral = name_computed(model.graph, given)
     added = cleaning.add_biases(model.graph)
-    changes, head_bias = normalize_head(model)
+    changes, head_bias = normalize_head(model) if head else ([], [])
     return neutral + added + head_bias, [*(f"{n}: a bias of zeros, added" for n in added), *changes]
 
 
@@ -131,7 +132,7 @@ def _float_values(model: ir.Model) -> dict[str, Floats]:
     return {name: float_array(value) for name, value in initializers if value.dtype == ir.DataType.FLOAT}
 
 
-def _check_canonical(model: ir.Model, *, folded: bool) -> None:
+def _check_canonical(model: ir.Model, *, folded: bool, head: bool) -> None:
     """Look at the result: what is promised of the canonical form must hold."""
     graph = model.graph
     problems = [f"{describe(n)} is left" for n in nodes_of(graph, "Identity", "Dropout", "Constant")]
@@ -141,7 +142,7 @@ def _check_canonical(model: ir.Model, *, folded: bool) -> None:
         bias = input_at(node, 2)
         if array(bias) is None or bias is None or len(bias.uses()) != 1:
             problems.append(f"{describe(node)} has no bias of its own")
-    if len(static_dims(graph.outputs[0]) or ()) != 2:
+    if head and len(static_dims(graph.outputs[0]) or ()) != 2:
         found = graph.outputs[0].shape
         problems.append(f"output {name_of(graph.outputs[0])!r} has shape {found}, expected (batch, classes)")
     if problems:

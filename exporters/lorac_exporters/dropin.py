@@ -7,48 +7,17 @@ patch table differ. `numeric_check` adds that the fused graph answers like the u
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
 
 import google.protobuf.message
-import numpy as np
 import onnx
 
+from lorac_exporters.checks import Check, DropinReport, bytes_check, numeric_check, same, same_list
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import Patch
 
-Verdict = Literal["pass", "fail", "not checked"]
-MAX_LISTED = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One promise: its verdict and the evidence (what was compared, or what differs)."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-
-
-@dataclasses.dataclass(frozen=True)
-class DropinReport:
-    """All checks of one pair of files. ``ok`` needs at least one passed check and none failed."""
-
-    base: str
-    fused: str
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether FUSED may replace BASE."""
-        verdicts = [check.verdict for check in self.checks]
-        return "fail" not in verdicts and "pass" in verdicts
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"ok": self.ok, **dataclasses.asdict(self)}
+__all__ = ["Check", "DropinReport", "compare_files", "compare_models", "interface_check", "numeric_check", "read_model"]
 
 
 def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = None) -> DropinReport:
@@ -59,8 +28,8 @@ def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = Non
     old, new = read_model(base), read_model(fused)
     checks = [
         *compare_models(old, new),
-        _same("file size", base.stat().st_size, fused.stat().st_size, "bytes"),
-        _bytes_check(base, fused, None if patches is None else list(patches)),
+        same("file size", base.stat().st_size, fused.stat().st_size, "bytes"),
+        bytes_check(base, fused, None if patches is None else [(p.offset, p.nbytes) for p in patches]),
     ]
     return DropinReport(str(base), str(fused), tuple(checks))
 
@@ -68,14 +37,14 @@ def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = Non
 def compare_models(old: onnx.ModelProto, new: onnx.ModelProto) -> list[Check]:
     """The structural checks, on models in memory."""
     return [
-        _listed("operators", _operators(old), _operators(new), "nodes"),
-        _listed("edges", _edges(old), _edges(new), "nodes"),
-        _listed("attributes", _attributes(old), _attributes(new), "nodes"),
-        _listed("initializers", _initializers(old), _initializers(new), "tensors"),
-        _listed("inputs", _values(old.graph.input), _values(new.graph.input), "inputs"),
-        _listed("outputs", _values(old.graph.output), _values(new.graph.output), "outputs"),
-        _same("opset", _opsets(old), _opsets(new), ""),
-        _same("IR version", old.ir_version, new.ir_version, ""),
+        same_list("operators", _operators(old), _operators(new), "nodes"),
+        same_list("edges", _edges(old), _edges(new), "nodes"),
+        same_list("attributes", _attributes(old), _attributes(new), "nodes"),
+        same_list("initializers", _initializers(old), _initializers(new), "tensors"),
+        same_list("inputs", _values(old.graph.input), _values(new.graph.input), "inputs"),
+        same_list("outputs", _values(old.graph.output), _values(new.graph.output), "outputs"),
+        same("opset", _opsets(old), _opsets(new)),
+        same("IR version", old.ir_version, new.ir_version),
     ]
 
 
@@ -89,16 +58,6 @@ def read_model(path: Path) -> onnx.ModelProto:
         raise ArtifactError(f"{path} cannot be read: {err.strerror or err}") from err
     except (google.protobuf.message.DecodeError, ValueError) as err:
         raise ArtifactError(f"{path} is not an ONNX file, or is truncated ({err})") from err
-
-
-def numeric_check(name: str, expected: np.ndarray[Any, Any], got: np.ndarray[Any, Any], tolerance: float) -> Check:
-    """Agreement of two sets of logits: max abs difference <= tolerance * max(1, largest logit)."""
-    if expected.shape != got.shape or expected.size == 0:
-        return Check(name, "fail", f"logits of shape {got.shape}, expected {expected.shape}")
-    difference = float(np.max(np.abs(expected.astype(np.float64) - got)))
-    bound = tolerance * max(1.0, float(np.max(np.abs(expected))))
-    verdict: Verdict = "pass" if difference <= bound else "fail"
-    return Check(name, verdict, f"max abs difference {difference:.2e}, allowed {bound:.2e} on {len(expected)} inputs")
 
 
 def interface_check(name: str, own: Iterable[onnx.ValueInfoProto], new: Iterable[onnx.ValueInfoProto]) -> Check:
@@ -117,22 +76,6 @@ def _accepts(own: onnx.ValueInfoProto, new: onnx.ValueInfoProto) -> bool:
     if (own.name, old_type.elem_type, len(old_dims)) != (new.name, new_type.elem_type, len(new_dims)):
         return False
     return all(b.dim_value in (0, a.dim_value) for a, b in zip(old_dims, new_dims, strict=True))
-
-
-def _same(name: str, old: object, new: object, unit: str) -> Check:
-    if old == new:
-        return Check(name, "pass", f"{old} {unit}".strip())
-    return Check(name, "fail", f"base has {old}, fused has {new} {unit}".strip())
-
-
-def _listed(name: str, old: list[str], new: list[str], unit: str) -> Check:
-    if old == new:
-        return Check(name, "pass", f"{len(old)} {unit} equal")
-    if len(old) != len(new):
-        return Check(name, "fail", f"base has {len(old)} {unit}, fused has {len(new)}")
-    different = [f"{a} -> {b}" for a, b in zip(old, new, strict=True) if a != b]
-    more = f" and {len(different) - MAX_LISTED} more" if len(different) > MAX_LISTED else ""
-    return Check(name, "fail", "; ".join(different[:MAX_LISTED]) + more)
 
 
 def _operators(model: onnx.ModelProto) -> list[str]:
@@ -167,21 +110,3 @@ def _values(values: Iterable[onnx.ValueInfoProto]) -> list[str]:
 
 def _opsets(model: onnx.ModelProto) -> str:
     return ", ".join(sorted(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import))
-
-
-def _bytes_check(base: Path, fused: Path, patches: list[Patch] | None) -> Check:
-    name = "bytes outside the patch table"
-    if patches is None:
-        return Check(name, "not checked", "no manifest.json beside the base; name its folder with --artifact")
-    old, new = np.fromfile(base, np.uint8), np.fromfile(fused, np.uint8)
-    if old.size != new.size:
-        return Check(name, "fail", "the files differ in size")
-    different = old != new
-    changed = int(different.sum())
-    for patch in patches:
-        different[patch.offset : patch.offset + patch.nbytes] = False
-    outside = np.flatnonzero(different)
-    if outside.size:
-        return Check(name, "fail", f"{outside.size} bytes differ outside it, the first at offset {outside[0]}")
-    total = sum(p.nbytes for p in patches)
-    return Check(name, "pass", f"equal; {changed} of its {total} bytes changed")

@@ -14,6 +14,9 @@ BN_POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch", "recalibrate")
 OPTIMIZERS = ("adamw", "sgd")
 LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "entropy")
 ROLES = ("lora_a", "lora_b", "alpha", "weight", "bias", "bn_weight", "bn_bias")
+TFLITE_WEIGHTS = ("float32", "fp16", "int8")
+BASE, BASE_TFLITE = "base.onnx", "base.tflite"
+ITEM_SIZES = {"float32": 4, "float16": 2, "int8": 1, "int32": 4}  # bytes of a stored number, by dtype of a patch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,41 @@ class BatchNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class ByteRange:
+    """A stretch of a file."""
+
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """How an int8 weight or an int32 bias is stored; the formulas are those of `lorac_runtime.quantization`.
+
+    ``axis`` is the axis of output channels in the tensor's own shape, ``scales`` the place of its float32 scales: one
+    for each output channel, or one for the whole tensor. ``partner`` names the bias of a weight and the weight of a
+    bias, because new numbers of one change the scales of both; None for a weight of a layer without bias.
+    ``input_scale`` is the scale of the layer's input activation, kept from calibration. All zero points are 0.
+    """
+
+    axis: int
+    scales: ByteRange
+    partner: str | None
+    input_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Patch:
-    """Where a tensor's bytes lie in a base file; ``permute`` gives the axes to apply before writing."""
+    """Where a tensor's bytes lie in a base file, and in which form.
+
+    The file holds ``value.reshape(view or shape).transpose(permute).astype(dtype)``, with ``quantization`` the integers
+    that this stands for. ``dtype`` is one of `ITEM_SIZES`; base.onnx holds float32 only.
+    """
 
     tensor: str
     file: str
@@ -106,6 +142,26 @@ class Patch:
     dtype: str
     shape: tuple[int, ...]
     permute: tuple[int, ...] | None = None
+    view: tuple[int, ...] | None = None
+    quantization: Quantized | None = None
+
+    @property
+    def content(self) -> ByteRange:
+        """Where the numbers lie, scales not among them."""
+        return ByteRange(self.offset, self.nbytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class TfliteEntry:
+    """What base.tflite is. ``weights`` is one of `TFLITE_WEIGHTS`; ``input_dtype`` and ``output_dtype`` are what an
+    app gives and gets (float32, uint8 or int8), the shapes as stored: (1, height, width, channels), (1, classes).
+    """
+
+    weights: str
+    input_dtype: str
+    output_dtype: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +210,10 @@ class EngineEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A whole artifact; see docs/artifact.md. ``coordinates`` says whether adapters add to folded weights."""
+    """A whole artifact; see docs/artifact.md. ``coordinates`` says whether adapters add to folded weights.
+
+    ``tflite`` describes base.tflite, where the artifact has one.
+    """
 
     schema_version: int
     model: str
@@ -174,6 +233,7 @@ class Manifest:
     engines: dict[str, EngineEntry]
     model_parameters: int
     versions: dict[str, str]
+    tflite: TfliteEntry | None = None
 
     @property
     def trained_parameters(self) -> int:

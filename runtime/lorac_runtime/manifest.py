@@ -13,29 +13,36 @@ from pathlib import Path
 from typing import Any, cast
 
 from lorac_runtime.description import (
+    BASE,
+    BASE_TFLITE,
     BN_POLICIES,
     LOSSES,
     OPTIMIZERS,
     ROLES,
+    TFLITE_WEIGHTS,
     Adapter,
     BatchNorm,
     BnPolicy,
+    ByteRange,
     EngineEntry,
     FileEntry,
     InputSpec,
     Manifest,
     OutputSpec,
     Patch,
+    Quantized,
+    TfliteEntry,
     Trainable,
     TrainingDefaults,
 )
 from lorac_runtime.errors import ArtifactError, listed
-from lorac_runtime.manifest_checks import BASE, contradictions
+from lorac_runtime.manifest_checks import contradictions
 from lorac_runtime.schema import decode
 
 __all__ = [
     "ADAPTER",
     "BASE",
+    "BASE_TFLITE",
     "BATCHNORM",
     "BN_POLICIES",
     "FILE_NAME",
@@ -43,15 +50,19 @@ __all__ = [
     "OPTIMIZERS",
     "ROLES",
     "SCHEMA_VERSION",
+    "TFLITE_WEIGHTS",
     "Adapter",
     "BatchNorm",
     "BnPolicy",
+    "ByteRange",
     "EngineEntry",
     "FileEntry",
     "InputSpec",
     "Manifest",
     "OutputSpec",
     "Patch",
+    "Quantized",
+    "TfliteEntry",
     "Trainable",
     "TrainingDefaults",
     "load",

@@ -6,19 +6,18 @@ import math
 
 from lorac_runtime.delta import LAYOUTS, adapter_shapes
 from lorac_runtime.description import (
+    BASE,
     BN_POLICIES,
     LOSSES,
     OPTIMIZERS,
     ROLES,
     Adapter,
-    FileEntry,
     InputSpec,
     Manifest,
-    Patch,
     TrainingDefaults,
 )
+from lorac_runtime.patch_checks import patch_problems, tflite_problems
 
-BASE = "base.onnx"
 _OPTIONS_OF = {"adamw": ("betas", "eps", "amsgrad"), "sgd": ("momentum", "dampening", "nesterov")}
 
 
@@ -35,8 +34,7 @@ def contradictions(m: Manifest) -> list[str]:
             problems.append(f"{name}: {choice!r} is not one of {', '.join(allowed)}")
     for adapter in m.adapters:
         problems += _adapter_problems(adapter, shapes)
-    for patch in m.patches:
-        problems += _patch_problems(patch, m.files)
+    problems += patch_problems(m.patches, m.files) + tflite_problems(m)
     problems += _input_problems(m.input)
     problems += [f"training.{text}" for text in training_problems(m.training)]
     if len(m.class_names) != m.output.classes:
@@ -70,19 +68,6 @@ def _adapter_problems(a: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[st
             problems.append(f"{where}: {name} has shape {shapes[name]}, expected {shape}")
     still = [name for name in (a.lora_b, a.lora_alpha) if name is not None and name not in shapes]
     return problems + [f"{where}: {name} is not among the trainables" for name in still]
-
-
-def _patch_problems(p: Patch, files: dict[str, FileEntry]) -> list[str]:
-    where = f"patches.{p.tensor}"
-    if p.file not in files:
-        return [f"{where}: {p.file} is not in files"]
-    if p.dtype != "float32" or any(d < 1 for d in p.shape) or p.nbytes != 4 * math.prod(p.shape):
-        return [f"{where}: {p.nbytes} bytes of {p.dtype} do not hold shape {p.shape}"]
-    if p.permute is not None and sorted(p.permute) != list(range(len(p.shape))):
-        return [f"{where}: permute {p.permute} is not an order of the {len(p.shape)} axes"]
-    if p.offset < 0 or p.offset + p.nbytes > files[p.file].nbytes:
-        return [f"{where}: bytes {p.offset}..{p.offset + p.nbytes} lie outside {p.file}"]
-    return []
 
 
 def _input_problems(spec: InputSpec) -> list[str]:

@@ -69,7 +69,7 @@ class Lowering:
         self.graph = graph
         self.operators: list[Operator] = []
         self._stored: dict[ir.Value, Stored] = {}
-        self._constants: dict[tuple[ir.Value, Layout], Stored] = {}
+        self._constants: dict[tuple[ir.Value, Layout, Layout], Tensor] = {}
         self._names = taken
 
     def dims(self, value: ir.Value | None) -> tuple[int, ...]:
@@ -174,12 +174,30 @@ class Lowering:
         """The error for a node that TFLite cannot do; raise it."""
         return ConversionError(f"{describe(node)} cannot be written to TFLite: {reason}")
 
+    def arranged(self, value: ir.Value, view: Sequence[int], permute: Sequence[int]) -> Tensor:
+        """The tensor of an initializer reshaped to ``view``, then transposed by ``permute``; one for each arrangement.
+
+        The first keeps the initializer's name, others get one of their own. Raises ValueError if the value is computed.
+        """
+        key = (value, tuple(view), tuple(permute))
+        if key not in self._constants:
+            content = array(value)
+            if content is None:
+                raise ValueError(f"{name_of(value)!r} is computed by the graph, expected an initializer")
+            known = any(other is value for other, _, _ in self._constants)
+            source = Source(
+                name_of(value),
+                content.shape,
+                view=None if key[1] == content.shape else key[1],
+                permute=None if key[2] == plain(len(key[2])) else key[2],
+            )
+            stored = np.ascontiguousarray(content.reshape(key[1]).transpose(key[2]))
+            tensor = self.constant(name_of(value), stored, source=source)
+            tensor.name = self.fresh(tensor.name) if known else tensor.name
+            self._constants[key] = tensor
+        return self._constants[key]
+
     def _constant_value(self, value: ir.Value, layout: Layout | None) -> Stored:
-        content = np.asarray(array(value))
-        order = layout or plain(content.ndim)
-        if (value, order) not in self._constants:
-            permute = None if order == plain(content.ndim) else order
-            source = Source(name_of(value), content.shape, permute=permute)
-            tensor = self.constant(name_of(value), content.transpose(order), source=source)
-            self._constants[value, order] = Stored(tensor, order)
-        return self._constants[value, order]
+        shape = np.asarray(array(value)).shape
+        order = layout or plain(len(shape))
+        return Stored(self.arranged(value, shape, order), order)

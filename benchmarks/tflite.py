@@ -1,0 +1,163 @@
+"""Latency of base.tflite, fused.tflite and other converters' files, on tflite-runtime and on ai-edge-litert.
+
+Every file of a network runs in one process, in interleaved rounds; a few processes, each opening the files in
+another order, keep the luck of memory addresses apart. A round's ratio is that of its medians. The verdict is an
+equivalence test (+-1 % for fused against base, +-3 % for other converters). Not counted: load time, first runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import environments as envs
+from benchmarks.environment import environment
+from benchmarks.equivalence import Equivalence, equivalence
+from benchmarks.step_process import Worker
+from benchmarks.step_protocol import Job
+from benchmarks.step_rounds import interleaved, summary
+from benchmarks.tflite_files import Network, network, other_file, our_files
+
+RUNTIMES = {"tflite-runtime": envs.TFLITE_RUNTIME, "ai-edge-litert": envs.LITERT}
+CONVERTERS = {"litert-torch": envs.LITERT_TORCH, "onnx2tf": envs.ONNX2TF}
+MARGINS = {"fused": 0.01, "litert-torch": 0.03, "onnx2tf": 0.03}
+RUNS, WARMUP = 10, 20
+AGREEMENT = 1e-4  # of answers, relative to the largest
+Rounds = dict[str, list[list[float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One file on one runtime: seconds of a run, and how it compares with base.tflite."""
+
+    model: str
+    runtime: str
+    threads: int
+    file: str
+    minimum: float
+    median: float
+    against_base: Equivalence | None
+
+
+def measure(files: dict[str, Path], job: Job, interpreter: Path, sessions: int, rounds: int) -> Rounds:
+    """Seconds by file, round and run; the rounds of all processes one after the other."""
+    found: Rounds = {name: [] for name in files}
+    for seed in range(sessions):
+        order = random.Random(seed).sample(list(files), len(files))
+        options = {"files": {name: str(files[name]) for name in order}}
+        with Worker(interpreter, "benchmarks.tflite_worker", dataclasses.replace(job, options=options)) as worker:
+            turns = {name: functools.partial(_run, worker, name, RUNS) for name in files}
+            for name in files:
+                _run(worker, name, WARMUP)
+            for name, part in interleaved(turns, rounds, seed=seed).items():
+                found[name] += part
+    return found
+
+
+def _run(worker: Worker, name: str, count: int) -> list[float]:
+    seconds: list[float] = worker.ask("run", file=name, count=count)["seconds"]
+    return seconds
+
+
+def disagreeing(files: dict[str, Path], job: Job, interpreter: Path) -> list[str]:
+    """Files that do not compute what base.tflite does; fused.tflite computes something else on purpose."""
+    options = {"files": {name: str(path) for name, path in files.items() if name != "fused"}}
+    with Worker(interpreter, "benchmarks.tflite_worker", dataclasses.replace(job, options=options)) as worker:
+        outputs = {name: np.asarray(worker.ask("answer", file=name)["output"]) for name in options["files"]}
+    base = outputs["base"]
+    bound = AGREEMENT * max(1.0, float(np.abs(base).max()))
+    return [name for name, found in outputs.items() if np.abs(found - base).max() > bound]
+
+
+def compared(rounds: Rounds, model: str, runtime: str, threads: int) -> list[Row]:
+    """A row for each file."""
+    rows = []
+    for name, found in rounds.items():
+        pairs = zip(found, rounds["base"], strict=True)
+        ratios = [statistics.median(one) / statistics.median(other) for one, other in pairs]
+        test = None if name == "base" else equivalence(ratios, margin=MARGINS[name])
+        total = summary(found)
+        rows.append(Row(model, runtime, threads, name, total.minimum, total.median, test))
+    return rows
+
+
+def files_of(net: Network, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Every file of a network that could be made, and what making each took, or why it failed."""
+    files, seconds = our_files(net, folder)
+    made: dict[str, Any] = {"ours": seconds}
+    for name in args.converters:
+        try:
+            files[name], made[name] = other_file(net, name, envs.python(CONVERTERS[name], args.python), folder)
+        except (FileNotFoundError, RuntimeError) as err:
+            made[name] = {"error": str(err)}
+            print(f"{net.name}: {name} left out: {err}", flush=True)
+    return files, made
+
+
+def measure_network(text: str, args: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+    """All rows of one network, given as NAME:PIXELS."""
+    name, _, size = text.partition(":")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, net = Path(scratch), network(name, int(size or 32))
+        files, made = files_of(net, folder, args)
+        images = np.random.default_rng(0).standard_normal((args.batch, *net.shape[1:], 3), dtype=np.float32)
+        np.savez(folder / "batch.npz", images=images, labels=np.zeros(args.batch, np.int64))
+        for runtime, env in RUNTIMES.items():
+            interpreter = envs.python(env, args.python)
+            for threads in args.threads:
+                job = Job("", str(folder / "batch.npz"), threads, {})
+                if wrong := disagreeing(files, job, interpreter):
+                    raise RuntimeError(f"{text} on {runtime}: {', '.join(wrong)} computes something else than base")
+                rounds = measure(files, job, interpreter, args.sessions, args.rounds)
+                rows += compared(rounds, text, runtime, threads)
+                show(rows[-len(files) :])
+    return rows, made
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print rows as they come."""
+    for row in rows:
+        test = row.against_base
+        verdict = "" if test is None else f"{test.ratio:7.4f} [{test.low:.4f}, {test.high:.4f}] {test.verdict}"
+        times = f"{1e3 * row.minimum:8.3f} {1e3 * row.median:8.3f} ms"
+        print(f"{row.model:20} {row.runtime:15} {row.threads} {row.file:13} {times} {verdict}", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The benchmark's options."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks tflite", description=__doc__)
+    p.add_argument("--models", nargs="+", default=["resnet18:32"], metavar="NAME:PIXELS", help="default: resnet18:32")
+    p.add_argument("--batch", type=int, default=1, help="images in a run (default: 1)")
+    p.add_argument("--threads", type=int, nargs="+", default=[1], help="default: 1")
+    p.add_argument("--sessions", type=int, default=4, help="processes for each runtime (default: 4)")
+    p.add_argument("--rounds", type=int, default=30, help=f"rounds of {RUNS} runs a process (default: 30)")
+    p.add_argument("--converters", nargs="*", choices=tuple(CONVERTERS), default=list(CONVERTERS), help="default: all")
+    p.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="interpreter of an environment")
+    p.add_argument("--out", type=Path, help="write the rows as JSON")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark."""
+    args = parser().parse_args(argv)
+    args.python = envs.parsed_interpreters(args.python)
+    rows, made = [], {}
+    for text in args.models:
+        found, made[text] = measure_network(text, args)
+        rows += found
+    print(json.dumps(made, indent=1))
+    if args.out:
+        content = {"environment": environment(), "made": made, "rows": [dataclasses.asdict(row) for row in rows]}
+        args.out.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return 0

@@ -1,0 +1,76 @@
+"""A .tflite file as a function from raw images to its outputs in real numbers, whatever types it takes and gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorac_exporters.tflite.network import Network, Quantization, Tensor
+from lorac_exporters.tflite.running import Runner
+from lorac_runtime.data import preprocess
+from lorac_runtime.errors import ConversionError
+from lorac_runtime.manifest import InputSpec
+
+Array = npt.NDArray[Any]
+Images = npt.NDArray[np.uint8]
+
+
+class TfliteAnswers:
+    """Call it with raw images, uint8 (n, height, width, channels): returns each output, float32, by its signature name.
+
+    Raises ConversionError if no TFLite interpreter is installed, or if it refuses the file.
+    """
+
+    def __init__(self, path: Path, network: Network, spec: InputSpec) -> None:
+        """``network`` is what `schema.from_bytes` read from ``path``; ``spec`` describes the model it was made from."""
+        if len(network.inputs) != 1:
+            raise ConversionError(f"{path} has {len(network.inputs)} inputs, expected one: the images")
+        self._runner = Runner(path)
+        self._input, self._outputs, self._spec = network.inputs[0], network.outputs, spec
+        self._names = network.output_keys or tuple(tensor.name for tensor in network.outputs)
+
+    def __call__(self, images: Images) -> dict[str, npt.NDArray[np.float32]]:
+        """The outputs for raw images."""
+        answers = self._runner.run(model_input(images, self._input, self._spec))
+        return {
+            name: real_values(answer, tensor.quantization)
+            for name, answer, tensor in zip(self._names, answers, self._outputs, strict=True)
+        }
+
+
+def model_input(images: Images, tensor: Tensor, spec: InputSpec) -> Array:
+    """Raw images (n, height, width, channels) in the form that a file with this input ``tensor`` takes.
+
+    uint8: as they are, the file normalises them. float32: normalised. int8: that, quantized.
+
+    >>> spec = InputSpec("x", (1, 1, 1), scale=0.5, mean=(1.0,), std=(2.0,))
+    >>> model_input(np.array([[[[10]]]], np.uint8), Tensor("x", (1, 1, 1, 1)), spec)
+    array([[[[2.]]]], dtype=float32)
+    """
+    if tensor.dtype == "uint8":
+        return images
+    values = preprocess(images, spec)
+    values = values if spec.in_graph else values.transpose(0, 2, 3, 1)
+    if tensor.quantization is None:
+        return np.ascontiguousarray(values, np.float32)
+    return quantized(values, tensor.quantization)
+
+
+def quantized(values: Array, how: Quantization) -> npt.NDArray[np.int8]:
+    """Real numbers as int8, those out of range as the nearest that there is."""
+    stored = np.rint(values / how.scale[0]) + how.zero_point[0]
+    return np.ascontiguousarray(np.clip(stored, -128, 127), np.int8)
+
+
+def real_values(answer: Array, how: Quantization | None) -> npt.NDArray[np.float32]:
+    """What stored numbers stand for.
+
+    >>> real_values(np.array([3], np.int8), Quantization(np.array([0.5], np.float32), np.array([1])))
+    array([1.], dtype=float32)
+    """
+    if how is None:
+        return np.asarray(answer, np.float32)
+    return np.asarray((answer.astype(np.float32) - np.float32(how.zero_point[0])) * how.scale[0], np.float32)

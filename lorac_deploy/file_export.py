@@ -1,0 +1,175 @@
+"""`export_file`: an inference file from a training artifact, with an adapter fused into it or without."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from lorac_exporters import tflite
+from lorac_exporters.tflite.export import Calibration
+from lorac_exporters.tflite.running import Runner
+from lorac_exporters.verify import run_onnx
+from lorac_runtime import manifest as mf
+from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
+from lorac_runtime.data import LocalData, load_data, preprocess
+from lorac_runtime.errors import ArtifactError, OutputError
+from lorac_runtime.files import staged
+from lorac_runtime.manifest import Manifest
+from lorac_runtime.patch import batchnorm_tensors, fuse
+
+log = logging.getLogger(__name__)
+Target = Literal["tflite", "onnx"]
+TARGETS: tuple[Target, ...] = ("tflite", "onnx")
+BATCH = 64  # images computed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """What a file answered to labelled images: shares from 0 to 1.
+
+    ``agreement`` is the share of images to which it gave the same class as the float32 ONNX file, and
+    ``max_difference`` the largest difference between their logits.
+    """
+
+    file: str
+    accuracy: float
+    agreement: float
+    max_difference: float
+
+
+@dataclasses.dataclass(frozen=True)
+class FileReport:
+    """What was written. ``tflite`` is None for an ONNX file; ``accuracies`` is empty without data."""
+
+    path: Path
+    nbytes: int
+    tflite: tflite.TfliteReport | None
+    accuracies: tuple[Accuracy, ...]
+    images: int
+    seconds: float
+
+
+def export_file(
+    artifact: Path,
+    out: Path,
+    *,
+    to: Target,
+    adapter: Path | None = None,
+    config: tflite.TfliteConfig | None = None,
+    calibration: Path | None = None,
+    data: Path | None = None,
+    on_progress: Callable[[str], None] = log.info,
+) -> FileReport:
+    """Write the network of a training artifact to the file ``out``, in the format ``to``.
+
+    ``adapter`` is fused into it. ``config`` applies to TFLite. ``calibration`` are images (an ``.npz`` file or class
+    folders) for int8; without it int8 takes the ranges of the artifact's own base.tflite, if that is int8. With
+    labelled ``data`` the report says how the file answers, beside the float32 ONNX file. ``out`` appears whole or
+    not at all, and no file of the artifact is ever overwritten.
+
+    Raises ArtifactError, AdapterError, DataError, ConversionError or OutputError; ValueError for settings that do not
+    go together.
+
+    >>> from lorac_exporters.tflite import TfliteConfig
+    >>> export_file(Path("artifact"), Path("small.tflite"), to="tflite", config=TfliteConfig("fp16"))  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    problem = config_problem(to, config, calibration)
+    if problem:
+        raise ValueError(problem)
+    manifest = mf.load(artifact)
+    _refuse_own_files(artifact, out, manifest)
+    tests = None if data is None else _local(data, manifest)
+    images = None if calibration is None else _inputs(_local(calibration, manifest), manifest)
+    with _network(artifact, manifest, adapter) as network, staged(out) as part:
+        report = None
+        if to == "tflite":
+            config = config or tflite.TfliteConfig()
+            ranges = images if config.weights != "int8" or images is not None else _own_ranges(artifact, manifest)
+            report = _write_tflite(network, part, manifest, config, ranges, on_progress)
+        else:
+            part.write_bytes(network.read_bytes())
+        on_progress("comparing the answers")
+        rows = () if tests is None else _accuracies(network, part if to == "tflite" else None, tests, manifest, report)
+        nbytes = part.stat().st_size
+    count = 0 if tests is None else len(tests)
+    return FileReport(out, nbytes, report, rows, count, time.perf_counter() - started)
+
+
+def config_problem(to: Target, config: tflite.TfliteConfig | None, calibration: Path | None) -> str:
+    """Why these settings of `export_file` do not go together; empty if they do.
+
+    >>> config_problem("onnx", None, Path("local.npz"))
+    'calibration data apply to int8 weights of a TFLite file only'
+    """
+    if to not in TARGETS:
+        return f"format {to!r} is not one of {', '.join(TARGETS)}"
+    if to == "onnx" and config is not None:
+        return "weights and dtypes are chosen for TFLite only; an ONNX file is base.onnx with other numbers"
+    if calibration is not None and (config is None or config.weights != "int8"):
+        return "calibration data apply to int8 weights of a TFLite file only"
+    return ""
+
+
+def _write_tflite(
+    network: Path,
+    target: Path,
+    manifest: Manifest,
+    config: tflite.TfliteConfig,
+    calibration: Calibration | None,
+    on_progress: Callable[[str], None],
+) -> tflite.TfliteReport:
+    return tflite.export(
+        ir.load(network),
+        target,
+        config,
+        spec=manifest.input,
+        class_names=manifest.class_names,
+        name=manifest.model,
+        calibration=calibration,
+        on_progress=on_progress,
+    )
+
+
+@contextlib.contextmanager
+def _network(artifact: Path, manifest: Manifest, adapter: Path | None) -> Iterator[Path]:
+    """The ONNX file to write: base.onnx, or a fused copy for the length of the block."""
+    mf.verify_files(artifact, manifest, (mf.BASE,))
+    if adapter is None:
+        yield artifact / mf.BASE
+        return
+    state = to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), load_adapter(adapter))
+    with tempfile.TemporaryDirectory(prefix="lorac-deploy.") as folder:
+        fuse(artifact, Path(folder) / "fused.onnx", state)
+        yield Path(folder) / "fused.onnx"
+
+
+def _own_ranges(artifact: Path, manifest: Manifest) -> Calibration:
+    """The activation ranges of the artifact's own int8 file."""
+    if manifest.tflite is None or manifest.tflite.weights != "int8":
+        raise ArtifactError(
+            f"{artifact} has no int8 {mf.BASE_TFLITE} whose ranges could be taken over; give images with --calibration"
+        )
+    mf.verify_files(artifact, manifest, (mf.BASE_TFLITE,))
+    return tflite.ranges_of(artifact / mf.BASE_TFLITE)
+
+
+def _local(path: Path, manifest: Manifest) -> LocalData:
+    return load_data(path, manifest.input, manifest.output.classes, manifest.class_names, require_classes=1)
+
+
+def _refuse_own_files(artifact: Path, out: Path, manifest: Manifest) -> None:
+    for name in (mf.FILE_NAME, *manifest.files):
+        with contextlib.suppress(OSError):  # one of them does not exist, or cannot be reached: writing will tell
+            if out.samefile(artifact / name):
+                raise OutputError(f"{out} is a file of the training artifact; name another output file")

@@ -1,0 +1,45 @@
+"""The equivalence test of benchmarks: it must be able to say each of its three words, at the known rates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.equivalence import equivalence
+
+
+def rounds(ratio: float, spread: float, count: int, *, seed: int) -> list[float]:
+    """Ratios of rounds whose logarithms are normal."""
+    return list(np.exp(np.random.default_rng(seed).normal(np.log(ratio), spread, count)))
+
+
+def test_two_equal_things_are_the_same_when_the_rounds_are_quiet():
+    assert equivalence(rounds(1.0, 0.01, 60, seed=0)).verdict == "same"
+
+
+def test_equal_things_on_a_loud_machine_are_not_called_anything():
+    assert equivalence(rounds(1.0, 0.2, 20, seed=0)).verdict == "too noisy"
+
+
+@pytest.mark.parametrize("ratio", [1.03, 0.97])
+def test_three_per_cent_are_a_difference_in_either_direction(ratio: float):
+    assert equivalence(rounds(ratio, 0.01, 60, seed=0)).verdict == "different"
+
+
+def test_a_difference_at_the_margin_is_called_the_same_in_one_run_of_twenty_at_most():
+    verdicts = [equivalence(rounds(1.01, 0.01, 30, seed=s)).verdict for s in range(400)]
+    assert verdicts.count("same") / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+def test_the_interval_is_that_of_a_t_test_on_logarithms():
+    values = rounds(1.02, 0.05, 12, seed=3)
+    found = equivalence(values)
+    low, high = stats.t.interval(0.9, 11, np.mean(np.log(values)), stats.sem(np.log(values)))
+    np.testing.assert_allclose([found.low, found.high], np.exp([low, high]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0]])
+def test_too_few_or_impossible_ratios_are_refused(values: list[float]):
+    with pytest.raises(ValueError, match="at least 3 positive ratios"):
+        equivalence(values)
