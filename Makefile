@@ -9,6 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUNTIME_PYTHONS := 3.10 3.11 3.12 3.13
 DEV := .venv/.installed
 DEVICES := .envs/device/.installed .envs/device-training/.installed
+TFLITE := .envs/tflite-runtime/.installed .envs/litert/.installed
 # Environments of `make test-engines`: .envs/engine-PYTHON-ENGINE, ENGINE being a version of onnxruntime or "newest".
 ENGINES := 3.10-1.17.3 3.10-1.19.2 3.10-1.23.2 3.11-newest 3.13-newest
 OLD_NUMPY := 1.17.3 1.19.2  # engines that are tried with numpy 1, the newest with numpy 2, others with what pip takes
@@ -25,7 +26,7 @@ define environment
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env demo test test-realdata test-runtime test-engines check format docs clean
+.PHONY: help dev device-env tflite-env demo test test-realdata test-runtime test-engines check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +35,13 @@ dev: $(DEV)  ## create .venv with both distributions and the tools of developmen
 
 device-env: $(DEVICES)  ## create .envs/device and .envs/device-training: the runtime and one engine each, no PyTorch
 
+tflite-env: $(TFLITE)  ## create .envs/tflite-runtime and .envs/litert: the two runtimes that every .tflite file is tested on
+
 demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both engines and write demo/
 	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python \
 	    --training-python .envs/device-training/bin/python --out demo
 
-test: $(DEV)  ## run all tests but the long studies on real data
+test: $(DEV) $(TFLITE)  ## run all tests but the long studies on real data
 	.venv/bin/python -m pytest -n auto --dist loadfile -m "not (realdata and slow)"
 
 test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data)
@@ -74,6 +77,13 @@ $(DEV): pyproject.toml runtime/pyproject.toml
 
 .envs/device-training/.installed: runtime/pyproject.toml
 	$(call environment,.envs/device-training,$(find_python),-e "./runtime[onnxruntime-training]")
+
+# The oldest runtime that files must work on; it has builds up to Python 3.11 and for numpy 1.
+.envs/tflite-runtime/.installed:
+	$(call environment,.envs/tflite-runtime,$(find_python),"tflite-runtime==2.14.0" "numpy<2")
+
+.envs/litert/.installed:
+	$(call environment,.envs/litert,$(find_python),"ai-edge-litert==2.3.0")
 
 .envs/py%/.installed: runtime/pyproject.toml
 	$(call environment,.envs/py$*,$(shell .ci/find-python $*),-e "./runtime[onnxruntime$(comma)images$(comma)test]")

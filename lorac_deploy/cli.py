@@ -25,8 +25,14 @@ COMMANDS: dict[str, Command] = {
     "export-training-artifact": Command(
         "lorac_deploy.commands.export_training_artifact", "write the folder that a device trains with"
     ),
+    "export": Command(
+        "lorac_deploy.commands.export", "write an artifact's network as a TFLite or ONNX file, an adapter fused into it"
+    ),
     "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),
     "verify": Command("lorac_deploy.commands.verify", "check that a fused file is a drop-in for its base"),
+    "certify": Command(
+        "lorac_deploy.commands.certify", "compare the answers of PyTorch, ONNX and TFLite on real images"
+    ),
 }
 
 

@@ -7,16 +7,20 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_deploy.checkpoint import load_checkpoint
-from lorac_exporters.artifact import ArtifactConfig, ExportReport, check_replaceable, write_artifact
+from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
+from lorac_exporters.artifact_folder import check_replaceable
 from lorac_exporters.canonical import canonicalize
 from lorac_exporters.graph_tools import static_dims
 from lorac_exporters.heads import find_head
 from lorac_exporters.onnx_file import read_graph
 from lorac_exporters.shapes import fix_image_size
 from lorac_exporters.torch_graph import export_graph
+from lorac_runtime.data import load_data
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import InputSpec
 
@@ -48,15 +52,18 @@ def export_training_artifact(
     config: ArtifactConfig | None = None,
     adapter: Path | None = None,
     input_uint8: bool = False,
+    calibration: Path | None = None,
     on_progress: Callable[[str], None] = log.info,
 ) -> ExportReport:
     """Write a training artifact into the folder ``out``.
 
     ``source`` is a checkpoint folder (`lorac-deploy train`) or an `OnnxSource`. ``adapter`` starts the device
     from an adapter trained in PyTorch. ``input_uint8`` puts normalisation into the graph, which then takes raw
-    uint8 images, (N, H, W, C).
+    uint8 images, (N, H, W, C). ``calibration``: images (an ``.npz`` file or class folders) from which an int8
+    base.tflite takes its ranges.
 
-    Raises ConversionError, CheckpointError, AdapterError, OutputError; see `lorac_runtime.errors`.
+    Raises ConversionError, CheckpointError, AdapterError, DataError, OutputError; see `lorac_runtime.errors`.
+    ValueError if ``calibration`` and ``config.tflite`` do not go together.
 
     >>> from lorac_deploy import ArtifactConfig, LoraConfig, export_training_artifact
     >>> config = ArtifactConfig(lora=LoraConfig(rank=4))
@@ -64,7 +71,10 @@ def export_training_artifact(
     """
     check_replaceable(out)
     config = config or ArtifactConfig()
+    if (config.tflite == "int8") != (calibration is not None):
+        raise ValueError(f"calibration and tflite 'int8' go together, got {calibration} and {config.tflite!r}")
     given = _from_onnx(source) if isinstance(source, OnnxSource) else _from_checkpoint(source)
+    images = None if calibration is None else _images(calibration, given)
     return write_artifact(
         given.model,
         out,
@@ -74,6 +84,7 @@ def export_training_artifact(
         new_head=given.new_head,
         config=config,
         adapter=adapter,
+        calibration=images,
         on_progress=on_progress,
     )
 
@@ -87,6 +98,11 @@ class _Given:
     spec: InputSpec
     class_names: tuple[str, ...]
     new_head: bool = False
+
+
+def _images(path: Path, given: _Given) -> npt.NDArray[np.uint8]:
+    """The images of local data, uint8 (N, H, W, C); their labels do not matter here."""
+    return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=1).images
 
 
 def _from_checkpoint(folder: Path) -> _Given:

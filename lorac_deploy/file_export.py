@@ -9,15 +9,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_exporters import tflite
+from lorac_exporters.tflite.answers import TfliteAnswers
 from lorac_exporters.tflite.export import Calibration
-from lorac_exporters.tflite.running import Runner
+from lorac_exporters.tflite.schema import from_bytes
 from lorac_exporters.verify import run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
@@ -29,6 +30,7 @@ from lorac_runtime.patch import batchnorm_tensors, fuse
 
 log = logging.getLogger(__name__)
 Target = Literal["tflite", "onnx"]
+Floats = npt.NDArray[np.float32]
 TARGETS: tuple[Target, ...] = ("tflite", "onnx")
 BATCH = 64  # images computed at once
 
@@ -90,17 +92,15 @@ def export_file(
     manifest = mf.load(artifact)
     _refuse_own_files(artifact, out, manifest)
     tests = None if data is None else _local(data, manifest)
-    images = None if calibration is None else _inputs(_local(calibration, manifest), manifest)
+    known = _calibration(artifact, manifest, config, calibration)
     with _network(artifact, manifest, adapter) as network, staged(out) as part:
         report = None
         if to == "tflite":
-            config = config or tflite.TfliteConfig()
-            ranges = images if config.weights != "int8" or images is not None else _own_ranges(artifact, manifest)
-            report = _write_tflite(network, part, manifest, config, ranges, on_progress)
+            report = _write_tflite(network, part, manifest, config, known, on_progress)
         else:
             part.write_bytes(network.read_bytes())
         on_progress("comparing the answers")
-        rows = () if tests is None else _accuracies(network, part if to == "tflite" else None, tests, manifest, report)
+        rows = () if tests is None else tuple(_accuracies(network, part if report else None, tests, manifest))
         nbytes = part.stat().st_size
     count = 0 if tests is None else len(tests)
     return FileReport(out, nbytes, report, rows, count, time.perf_counter() - started)
@@ -125,7 +125,7 @@ def _write_tflite(
     network: Path,
     target: Path,
     manifest: Manifest,
-    config: tflite.TfliteConfig,
+    config: tflite.TfliteConfig | None,
     calibration: Calibration | None,
     on_progress: Callable[[str], None],
 ) -> tflite.TfliteReport:
@@ -154,14 +154,46 @@ def _network(artifact: Path, manifest: Manifest, adapter: Path | None) -> Iterat
         yield Path(folder) / "fused.onnx"
 
 
-def _own_ranges(artifact: Path, manifest: Manifest) -> Calibration:
-    """The activation ranges of the artifact's own int8 file."""
+def _calibration(
+    artifact: Path, manifest: Manifest, config: tflite.TfliteConfig | None, images: Path | None
+) -> Calibration | None:
+    """For int8: the images, else the activation ranges of the artifact's own int8 file."""
+    if config is None or config.weights != "int8":
+        return None
+    if images is not None:
+        return _local(images, manifest).images
     if manifest.tflite is None or manifest.tflite.weights != "int8":
         raise ArtifactError(
             f"{artifact} has no int8 {mf.BASE_TFLITE} whose ranges could be taken over; give images with --calibration"
         )
     mf.verify_files(artifact, manifest, (mf.BASE_TFLITE,))
     return tflite.ranges_of(artifact / mf.BASE_TFLITE)
+
+
+def _accuracies(onnx: Path, tflite_file: Path | None, tests: LocalData, manifest: Manifest) -> Iterator[Accuracy]:
+    """The float32 ONNX file, then the TFLite file if there is one."""
+    expected = np.concatenate([run_onnx(onnx, preprocess(images, manifest.input)) for images in _batches(tests)])
+    yield _accuracy("float32 ONNX", expected, expected, tests)
+    if tflite_file is not None:
+        content = from_bytes(tflite_file.read_bytes(), str(tflite_file))
+        answers = TfliteAnswers(tflite_file, content, manifest.input)
+        found = np.concatenate([next(iter(answers(images).values())) for images in _batches(tests)])
+        yield _accuracy("TFLite", found, expected, tests)
+
+
+def _accuracy(name: str, logits: Floats, expected: Floats, tests: LocalData) -> Accuracy:
+    guesses = logits.argmax(1)
+    return Accuracy(
+        file=name,
+        accuracy=float(np.mean(guesses == tests.labels)),
+        agreement=float(np.mean(guesses == expected.argmax(1))),
+        max_difference=float(np.max(np.abs(logits - expected))),
+    )
+
+
+def _batches(tests: LocalData) -> Iterator[npt.NDArray[np.uint8]]:
+    for start in range(0, len(tests), BATCH):
+        yield tests.images[start : start + BATCH]
 
 
 def _local(path: Path, manifest: Manifest) -> LocalData:

@@ -11,23 +11,11 @@ from collections import Counter
 from collections.abc import Callable
 
 import onnx
+import random_layers as layers
+import random_shaping as shaping
 from random_activations import activate, activation
 from random_graph import Graph, Value
-from random_layers import affine, batchnorm, conv, convolution, layer_norm, linear, pointwise, same_conv, transposed_conv
-from random_shaping import (
-    depth_to_space,
-    gather,
-    pad,
-    pool,
-    reduce,
-    resize,
-    shuffle,
-    slices,
-    space_to_depth,
-    split,
-    tokens,
-    turned,
-)
+from random_layers import convolution, linear, pointwise
 
 Layer = Callable[[Graph, Value], Value | None]  # None: not possible for this value
 LARGEST = 2500  # numbers in a feature map
@@ -46,7 +34,7 @@ def random_network(seed: int) -> RandomNetwork:
     """The network of this number."""
     g = Graph(seed, 0, 0, 0)
     g.input = Value("input", (g.integer(1, 4), g.integer(5, 13), g.integer(5, 13)))
-    x = activate(g, conv(g, g.input))
+    x = activate(g, layers.conv(g, g.input))
     for _ in range(g.integer(2, 7)):
         x = _next(g, x)
     end = g.choice(list(ENDINGS))
@@ -113,9 +101,12 @@ def with_constant(g: Graph, x: Value) -> Value:
     shape = g.choice([(), (1,), (c, 1, 1), (1, c, 1, 1), (c, h, w), (w,), (h, 1), (1, 1, h, w)])
     op = g.choice(["Add", "Sub", "Mul", "Div", "Max", "Min"])
     if op == "Div":  # a divisor that stays away from zero
-        return g.add(op, [x, g.floats(g.rng.uniform(0.5, 2.0, shape))], x.shape, form="constant")
+        return g.add(op, [x, g.floats(g.rng.uniform(0.5, 2.0, shape))], x.shape, form="by a constant")
     number = g.noise(*shape)
-    return g.add(op, [number, x] if g.chance(0.4) else [x, number], x.shape, form=f"constant {len(shape)} axes")
+    g.note(f"constant of {len(shape)} axes")
+    if g.chance(0.4):
+        return g.add(op, [number, x], x.shape, form="from a constant")
+    return g.add(op, [x, number], x.shape, form="of a constant")
 
 
 def arithmetic(g: Graph, x: Value) -> Value:
@@ -205,31 +196,31 @@ def row(g: Graph, x: Value) -> Value:
 
 
 LAYERS: list[Layer] = [
-    *[conv] * 4,
+    *[layers.conv] * 4,
     *[activation] * 3,
-    *[pool] * 3,
+    *[shaping.pool] * 3,
     *[residual] * 2,
     *[concat] * 2,
-    *[with_constant] * 2,
-    same_conv,
-    batchnorm,
-    affine,
-    transposed_conv,
-    layer_norm,
+    *[with_constant] * 3,
+    *[arithmetic] * 2,
+    *[shaping.resize] * 2,
+    layers.same_conv,
+    layers.batchnorm,
+    layers.affine,
+    *[layers.transposed_conv] * 2,
+    layers.layer_norm,
     two_users,
     squeeze_excite,
-    arithmetic,
-    depth_to_space,
-    gather,
-    pad,
-    reduce,
-    resize,
-    shuffle,
-    slices,
-    space_to_depth,
-    split,
-    tokens,
-    turned,
+    shaping.depth_to_space,
+    shaping.gather,
+    *[shaping.pad] * 2,
+    shaping.reduce,
+    shaping.shuffle,
+    shaping.slices,
+    shaping.space_to_depth,
+    shaping.split,
+    shaping.tokens,
+    shaping.turned,
 ]
 ENDINGS: dict[str, Callable[[Graph, Value], Value]] = {
     "pooled Gemm": pooled_gemm,

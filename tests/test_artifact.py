@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
+from small_artifacts import LORA, SPEC, export, network
 from torch import nn
 
 from lorac_deploy.adapter_files import save_module_adapter
 from lorac_deploy.lora import attach
-from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
-from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_ort import optimizer_problems
 from lorac_exporters.verify import random_inputs, run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter
 from lorac_runtime.engines import open_engine
 from lorac_runtime.errors import AdapterError, ConversionError, OutputError
-from lorac_runtime.manifest import InputSpec, TrainingDefaults
-
-SPEC = InputSpec("input", (3, 10, 10), 1 / 255, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
-NAMES = ("a", "b", "c", "d")
-LORA = LoraConfig(rank=2, rank_mode="r")
-
-
-def network(*, width: int = 16, norm: bool = True, activation: nn.Module | None = None) -> nn.Sequential:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, bias=False)]
-    layers += [nn.BatchNorm2d(width)] if norm else []
-    layers += [activation or nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    net = nn.Sequential(*layers, nn.Linear(width, 4))
-    if norm:
-        nn.init.uniform_(net[1].running_var, 0.5, 2.0)
-        nn.init.normal_(net[1].running_mean)
-    return net.eval()
-
-
-@functools.cache
-def exported() -> ir.Model:
-    """The default network's raw graph; the exporter works on copies of it."""
-    return export_graph(network(), SPEC.shape)
-
-
-def export(
-    out: Path, net: nn.Module | None = None, *, spec: InputSpec = SPEC, adapter: Path | None = None, **fields: object
-) -> ExportReport:
-    config = dataclasses.replace(ArtifactConfig(lora=LORA), **fields)  # type: ignore[arg-type]
-    graph = exported() if net is None else export_graph(net, SPEC.shape)
-    return write_artifact(graph, out, name="net", spec=spec, class_names=NAMES, config=config, adapter=adapter)
+from lorac_runtime.manifest import TrainingDefaults
 
 
 def test_the_folder_holds_what_the_manifest_says(tmp_path: Path) -> None:
@@ -66,7 +32,8 @@ def test_the_folder_holds_what_the_manifest_says(tmp_path: Path) -> None:
     present = {p.name for p in (tmp_path / "artifact").iterdir()}
     assert present == set(manifest.files) | {mf.FILE_NAME}
     assert {p.name for p in tmp_path.iterdir()} == {"artifact"}
-    assert [p.tensor for p in manifest.patches] == ["0.weight", "3.weight", "7.weight"]
+    for file in (mf.BASE, mf.BASE_TFLITE):
+        assert [p.tensor for p in manifest.patches if p.file == file] == ["0.weight", "3.weight", "7.weight"]
     assert manifest.trained_parameters == 16 * 27 + 2 * (48 + 48) + 4 * 16
     assert manifest.model_parameters == sum(p.numel() for p in network().parameters())
 
@@ -119,6 +86,8 @@ def test_raw_uint8_images_may_be_the_input(tmp_path: Path) -> None:
         ("lora", dataclasses.replace(LORA, freeze_a=True)),
         ("lora", dataclasses.replace(LORA, blocks=("3",))),
         ("training", TrainingDefaults(lr=1e-2)),
+        ("tflite", "none"),
+        ("tflite", "fp16"),
     ],
 )
 def test_every_setting_changes_the_artifact(tmp_path: Path, field: str, value: object) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorac_exporters.tflite.rules import RULES
 from lorac_runtime import manifest
 
 SECTIONS = (
@@ -19,6 +20,9 @@ SECTIONS = (
     manifest.Trainable,
     manifest.BatchNorm,
     manifest.Patch,
+    manifest.ByteRange,
+    manifest.Quantized,
+    manifest.TfliteEntry,
     manifest.FileEntry,
     manifest.TrainingDefaults,
     manifest.EngineEntry,
@@ -55,10 +59,26 @@ def test_the_api_page_promises_something(root: Path) -> None:
     assert {"finetune", "fuse"} <= promised(page, "lorac_runtime")
 
 
-@pytest.mark.parametrize("package", ["lorac_runtime", "lorac_exporters", "lorac_deploy"])
+@pytest.mark.parametrize("package", ["lorac_runtime", "lorac_exporters", "lorac_exporters.tflite", "lorac_deploy"])
 def test_public_names_are_those_promised(package: str, root: Path) -> None:
     module = importlib.import_module(package)
     names = promised((root / "docs" / "api.md").read_text(encoding="utf-8"), package)
     assert names == set(getattr(module, "__all__", ()))
     assert len(names) <= MOST_NAMES
     assert all(hasattr(module, name) for name in names)
+
+
+def operators(page: str) -> list[str]:
+    """The operators in the first column of the table under ``## Operators``."""
+    _, _, rest = page.partition("## Operators\n")
+    rows = re.findall(r"^\| (`.*?) \|", rest.split("\n## ")[0], re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+
+
+def test_the_tflite_page_lists_every_operator_once(root: Path) -> None:
+    found = operators((root / "docs" / "tflite.md").read_text(encoding="utf-8"))
+    assert sorted(found) == sorted(RULES)
+
+
+def test_an_operator_is_looked_for_in_the_table_only() -> None:
+    assert operators("`Add`\n## Operators\n| ONNX | |\n|---|---|\n| `Mul` `Div` | `Sub` |\n\n`Neg`\n") == ["Mul", "Div"]

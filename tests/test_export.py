@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lorac_deploy.commands import verify as verify_command
 from lorac_deploy.export import OnnxSource, export_training_artifact
 from lorac_deploy.models import ModelSpec
 from lorac_exporters.artifact import ArtifactConfig
+from lorac_exporters.base_tflite import TfliteChoice
 from lorac_exporters.patch_table import initializer_offsets
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
@@ -205,6 +207,41 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
     assert '"ok": false' in capsys.readouterr().out
 
 
+def test_the_command_writes_base_tflite_as_asked_and_says_so(
+    own_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--onnx", str(own_file), "--mean", "0.5,0.4,0.3", "--std", "0.25,0.2,0.3", "--rank", "2"]
+    out = ["--out", str(tmp_path / "artifact")]
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "local.npz", images=images, labels=np.arange(12) % 10)
+    assert command.main([*options, *out, "--tflite", "int8", "--calibration", str(tmp_path / "local.npz")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("base.tflite", "weights: int8, input float32, output float32", "CONV_2D"):
+        assert words in text
+    manifest = mf.load(tmp_path / "artifact")
+    assert manifest.tflite is not None
+    assert manifest.tflite.weights == "int8"
+    assert command.main([*options, *out, "--tflite", "none"]) == 0
+    assert "no base.tflite: not asked for" in capsys.readouterr().out
+    assert not (tmp_path / "artifact" / mf.BASE_TFLITE).exists()
+    np.savez(tmp_path / "local.npz", images=images[:, :16], labels=np.arange(12) % 10)
+    assert command.main([*options, *out, "--tflite", "int8", "--calibration", str(tmp_path / "local.npz")]) == 1
+    assert "expected (N, 32, 32, 3)" in capsys.readouterr().err
+    assert mf.load(tmp_path / "artifact").tflite is None
+
+
+@pytest.mark.parametrize(
+    ("calibration", "tflite"),
+    [(None, "int8"), (Path("c.npz"), "auto"), (Path("c.npz"), "fp16")],
+)
+def test_calibration_and_int8_go_together(
+    own_file: Path, tmp_path: Path, calibration: Path | None, tflite: TfliteChoice
+) -> None:
+    config = dataclasses.replace(CONFIG, tflite=tflite)
+    with pytest.raises(ValueError, match="go together"):
+        export_training_artifact(source(own_file), tmp_path / "artifact", config=config, calibration=calibration)
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -222,6 +259,9 @@ def test_the_commands_say_what_they_did_and_exit_by_the_result(
         (["--checkpoint", "x", "--method", "head", "--rank", "2"], 2, "applies to --method lora-c only"),
         (["--checkpoint", "x", "--method", "full", "--freeze-a"], 2, "applies to --method lora-c only"),
         (["--checkpoint", "x", "--method", "head", "--blocks", "fc"], 2, "applies to --method lora-c and full only"),
+        (["--checkpoint", "x", "--tflite", "int8"], 2, "--tflite int8 needs --calibration"),
+        (["--checkpoint", "x", "--calibration", "c.npz"], 2, "--tflite int8 needs --calibration"),
+        (["--checkpoint", "x", "--tflite", "int4"], 2, "invalid choice"),
         (["--checkpoint", "missing"], 1, "error: "),
         (["--onnx", "missing.onnx", "--mean", "0", "--std", "1"], 1, "error: "),
     ],

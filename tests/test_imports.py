@@ -21,8 +21,10 @@ ROOMS = tuple(PACKAGES)  # each may import itself and those before it
 RUNTIME_NEEDS = {"numpy", "safetensors"}
 RUNTIME_LAZY = {"PIL", "onnxruntime"}  # only inside of functions
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorflow", "h5py", "sympy")
+HEAVY += ("tflite", "flatbuffers", "ai_edge_litert", "tflite_runtime")
 TORCH_MODULE = "lorac_exporters.torch_graph"
 TORCHVISION_MODULE = "lorac_deploy._torchvision"
+TFLITE_MODULES = "lorac_exporters.tflite.schema"  # the start of their names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ def violations(sources: dict[str, str]) -> list[str]:
         _runtime_needs_more,
         _misplaced_torch,
         _misplaced_torchvision,
+        _misplaced_tflite,
         _imports_an_edge,
     )
     lines = [f"{i.importer} imports {i.target}: {reason}" for i in found for rule in rules if (reason := rule(i))]
@@ -103,6 +106,11 @@ def _misplaced_torch(i: Import) -> str | None:
 def _misplaced_torchvision(i: Import) -> str | None:
     guarded = i.importer == TORCHVISION_MODULE
     return f"only {TORCHVISION_MODULE} may" if i.top == "torchvision" and not guarded else None
+
+
+def _misplaced_tflite(i: Import) -> str | None:
+    outside = not i.importer.startswith(("benchmarks", TFLITE_MODULES))
+    return f"only {TFLITE_MODULES}* may" if outside and i.top in {"tflite", "flatbuffers"} else None
 
 
 def _imports_an_edge(i: Import) -> str | None:
@@ -166,6 +174,10 @@ PLANTED = {
         {"lorac_exporters.plan": "from torch import nn"},
         "only lorac_exporters.torch_graph",
     ),
+    "the schema of TFLite elsewhere": (
+        {"lorac_exporters.tflite.export": "import tflite"},
+        "only lorac_exporters.tflite.schema* may",
+    ),
     "torchvision unguarded": (
         {"lorac_deploy.models": "import torchvision.models"},
         "only lorac_deploy._torchvision",
@@ -205,6 +217,7 @@ def test_allowed_imports_raise_no_alarm() -> None:
         "lorac_runtime.data": "def f():\n    from PIL import Image",
         "lorac_exporters.torch_graph": "import torch\nimport onnx_ir as ir",
         "lorac_deploy._torchvision": "import torchvision",
+        "lorac_exporters.tflite.schema_read": "import flatbuffers, tflite",
         "lorac_deploy.__main__": "from lorac_deploy.cli import main",
         "lorac_deploy.train": "import torch\nfrom lorac_exporters import plan",
         "benchmarks.speed": "import lorac_deploy.train",

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-PACKAGES = ("lorac_deploy", "lorac_runtime")
+PACKAGES = ("lorac_deploy", "lorac_exporters.tflite", "lorac_runtime")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -1,18 +1,15 @@
-"""Write a training artifact: base.onnx, what trains it, and the manifest that ties them together.
+"""Write a training artifact: base.onnx, base.tflite, what trains them, and the manifest that ties them together.
 
 The folder is made beside its final place, checked, and renamed; an export that fails leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import logging
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,8 @@ import onnx_ir as ir
 import safetensors.numpy
 
 from lorac_exporters import engine_files
+from lorac_exporters.artifact_folder import beside, check_replaceable
+from lorac_exporters.base_tflite import TFLITE_CHOICES, TfliteBase, TfliteChoice, write_base
 from lorac_exporters.bn_tensors import batchnorm_tensors
 from lorac_exporters.branches import FORM_CHOICES, FormChoice, form_of
 from lorac_exporters.engine_files import EngineChoice, chosen, option_problems
@@ -29,10 +28,11 @@ from lorac_exporters.inject import count_parameters, starting_values
 from lorac_exporters.patch_table import patch_table
 from lorac_exporters.plan import METHODS, LoraConfig
 from lorac_exporters.statistics_graph import statistics_graph
+from lorac_exporters.tflite.export import TfliteReport
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
-from lorac_runtime.errors import AdapterError, OutputError
+from lorac_runtime.errors import AdapterError
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest_checks import training_problems
 
@@ -48,7 +48,8 @@ class ArtifactConfig:
     """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields.
 
     ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever that can train the model. ``form`` is how that
-    engine computes adapters: thin branches, updated weights, or for each layer what costs less (``auto``).
+    engine computes adapters: thin branches, updated weights, or for each layer what costs less (``auto``). ``tflite``
+    says how base.tflite stores its weights; ``auto`` is float32, or no such file where TFLite cannot do the model.
 
     Raises ValueError for a value out of range.
     """
@@ -58,6 +59,7 @@ class ArtifactConfig:
     bn_policy: mf.BnPolicy = "frozen"
     engine: EngineChoice = "auto"
     form: FormChoice = "auto"
+    tflite: TfliteChoice = "auto"
     training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
 
     def __post_init__(self) -> None:
@@ -68,19 +70,26 @@ class ArtifactConfig:
         problems = [*training_problems(self.training), *option_problems(self.engine, self.training)]
         if self.form not in FORM_CHOICES:
             problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
+        if self.tflite not in TFLITE_CHOICES:
+            problems.append(f"tflite {self.tflite!r} is not one of {', '.join(TFLITE_CHOICES)}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """What was written: the manifest, what canonicalization changed, which layers stay frozen and why."""
+    """What was written: the manifest, what canonicalization changed, which layers stay frozen and why.
+
+    ``tflite`` tells of base.tflite; where there is none it is None, and ``no_tflite`` says why.
+    """
 
     folder: Path
     manifest: mf.Manifest
     changes: tuple[str, ...]
     frozen: tuple[tuple[str, str], ...]
     seconds: float
+    tflite: TfliteReport | None = None
+    no_tflite: str = ""
 
 
 def write_artifact(
@@ -93,16 +102,18 @@ def write_artifact(
     config: ArtifactConfig,
     new_head: bool = False,
     adapter: Path | None = None,
+    calibration: npt.NDArray[np.uint8] | None = None,
     on_progress: Progress = log.info,
 ) -> ExportReport:
     """Write the artifact of an inference graph into the folder ``out``.
 
     ``model`` is a raw graph (`torch_graph.export_graph` or `onnx_file.read_graph`). ``new_head`` gives it a fresh
     classifier for ``class_names``; otherwise its own must have as many outputs. ``adapter`` starts the device from an
-    adapter trained elsewhere.
+    adapter trained elsewhere. ``calibration``: images (N, H, W, C), from which an int8 base.tflite takes its ranges.
 
-    Raises ConversionError for a model that cannot be trained (every obstacle named), AdapterError for an
-    adapter of another model, OutputError if the folder cannot be written or holds something else.
+    Raises ConversionError for a model that cannot be trained (every obstacle named), or not be written to TFLite as
+    asked, AdapterError for an adapter of another model, OutputError if the folder cannot be written or holds something
+    else.
     """
     started = time.perf_counter()
     check_replaceable(out)
@@ -117,26 +128,30 @@ def write_artifact(
         policy=config.bn_policy,
     )
     engines = chosen(config.engine, graphs, config.training)
-    with _beside(out) as folder:
-        manifest = _fill(folder, graphs, engines, name, class_names, config, adapter, on_progress)
+    with beside(out) as folder:
+        on_progress("writing base.onnx")
+        ir.save(graphs.base.model, folder / mf.BASE)
+        on_progress(f"writing {mf.BASE_TFLITE}")
+        lite = write_base(config.tflite, graphs, folder, name=name, class_names=class_names, images=calibration)
+        manifest = _manifest(folder, graphs, lite, name, class_names, config)
+        entries = _write_training(folder, graphs, engines, manifest, config, adapter, on_progress)
+        manifest = _finished(folder, manifest, entries)
         (folder / mf.FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         mf.verify_files(folder, mf.load(folder))
-    return ExportReport(out, manifest, graphs.base.changes, graphs.plan.frozen, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return ExportReport(out, manifest, graphs.base.changes, graphs.plan.frozen, seconds, lite.report, lite.reason)
 
 
-def _fill(
+def _write_training(
     folder: Path,
     graphs: Graphs,
     engines: tuple[str, ...],
-    name: str,
-    class_names: tuple[str, ...],
+    manifest: mf.Manifest,
     config: ArtifactConfig,
     adapter: Path | None,
     on_progress: Progress,
-) -> mf.Manifest:
-    on_progress("writing base.onnx")
-    ir.save(graphs.base.model, folder / mf.BASE)
-    manifest = _manifest(folder, graphs, name, class_names, config)
+) -> dict[str, mf.EngineEntry]:
+    """The starting state, and the files of each engine."""
     tensors = _write_batchnorm(folder, graphs)
     start = starting_values(graphs.plan, graphs.trained.values, seed=config.lora.seed) | graphs.statistics()
     if adapter is not None:
@@ -147,11 +162,11 @@ def _fill(
     for engine in engines:
         on_progress(f"building the gradient graph for {engine}")
         entries[engine] = engine_files.write(engine, graphs, folder, start=start, config=steps)
-    return _finished(folder, manifest, entries)
+    return entries
 
 
 def _manifest(
-    folder: Path, graphs: Graphs, name: str, class_names: tuple[str, ...], config: ArtifactConfig
+    folder: Path, graphs: Graphs, lite: TfliteBase, name: str, class_names: tuple[str, ...], config: ArtifactConfig
 ) -> mf.Manifest:
     base = folder / mf.BASE
     return mf.Manifest(
@@ -168,11 +183,12 @@ def _manifest(
         batchnorms=graphs.base.batchnorms,
         training=config.training,
         files={mf.BASE: mf.FileEntry(mf.sha256(base), base.stat().st_size)},
-        patches=patch_table(base, mf.BASE, graphs.patched_shapes()),
+        patches=(*patch_table(base, mf.BASE, lite.shapes), *lite.patches),
         tolerances={"logits": LOGITS_TOLERANCE},
         engines={},
         model_parameters=count_parameters(graphs.original),
         versions={p: importlib.metadata.version(p) for p in ("lorac-deploy", "onnx", "onnx-ir")},
+        tflite=lite.entry,
     )
 
 
@@ -228,41 +244,3 @@ def adapter_metadata(manifest: mf.Manifest, *, blocks: tuple[str, ...] = ()) -> 
         "base_sha256": manifest.files[mf.BASE].sha256,
         "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
     }
-
-
-def check_replaceable(out: Path) -> None:
-    """Raise OutputError unless ``out`` is absent, an empty folder, or an earlier artifact."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out} is a file; --out names the folder of the artifact")
-    if any(out.iterdir()) and not (out / mf.FILE_NAME).is_file():
-        raise OutputError(f"{out} holds something that is not a training artifact; choose another --out")
-
-
-@contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A fresh folder beside ``out`` that takes its place when the block succeeds."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as err:
-        raise OutputError(f"cannot write beside {out}: {err.strerror or err}") from err
-    try:
-        yield folder
-        _take_place(folder, out)
-    except OSError as err:
-        raise OutputError(f"cannot write {out}: {err.strerror or err}") from err
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _take_place(folder: Path, out: Path) -> None:
-    folder.chmod(0o755)
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old / "artifact")
-    folder.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -19,6 +19,12 @@ Images = npt.NDArray[np.uint8]
 Answers = Callable[[Images], Mapping[str, Array]]  # each output (n, ...)
 Verdict = Literal["pass", "inaccurate", "fail"]
 
+# How nearly a file must answer, by how it stores its weights. float32: another order of additions, some 1e-6; the
+# artifact says how much. fp16: every weight is off by up to 2**-11 of itself. int8: logits are off by some of 255
+# steps, so it is the classes named that decide.
+RELATIVE = {"fp16": 5e-3, "int8": 0.25}
+AGREEMENT = {"float32": 0.999, "fp16": 0.99, "int8": 0.95}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
@@ -37,6 +43,16 @@ class Tolerance:
             raise ValueError(f"a tolerance must be 0 or more, got {self.relative}")
         if not 0 <= self.agreement <= 1:
             raise ValueError(f"an agreement is a share between 0 and 1, got {self.agreement}")
+
+    @classmethod
+    def of(cls, weights: Iterable[str], exact: float) -> Tolerance:
+        """The default for files that store their ``weights`` in these ways; ``exact`` is the one for float32.
+
+        >>> Tolerance.of(("float32", "fp16"), 1e-4)
+        Tolerance(relative=0.005, agreement=0.99)
+        """
+        coarsest = max(weights, key=list(AGREEMENT).index)
+        return cls(RELATIVE.get(coarsest, exact), AGREEMENT[coarsest])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +156,16 @@ def compare(
     reports = tuple(PairReport(pair, tuple(_closed(name, t) for name, t in tallies[pair].items())) for pair in pairs)
     shares = {model: {name: n / images for name, n in counts.items()} for model, counts in right.items()}
     return Certificate(images, reports, shares)
+
+
+def spread(total: int, count: int) -> npt.NDArray[np.int64]:
+    """``count`` of ``total`` images, evenly spaced, since data are often sorted by class; 0: all.
+
+    >>> spread(10, 4).tolist(), spread(3, 0).tolist()
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    count = min(count or total, total)
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)
 
 
 @dataclasses.dataclass

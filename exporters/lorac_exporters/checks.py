@@ -12,6 +12,7 @@ import numpy as np
 Verdict = Literal["pass", "fail", "not checked"]
 MAX_LISTED = 5
 BYTES_CHECK = "bytes outside the patch table"
+NO_TABLE = "no manifest.json beside the base; name its folder with --artifact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def bytes_check(base: Path, fused: Path, ranges: Iterable[tuple[int, int]] | Non
     """Whether all bytes are equal but those of the patch table's ``ranges``: (offset, nbytes) each."""
     name = BYTES_CHECK
     if ranges is None:
-        return Check(name, "not checked", "no manifest.json beside the base; name its folder with --artifact")
+        return Check(name, "not checked", NO_TABLE)
     old, new = np.fromfile(base, np.uint8), np.fromfile(fused, np.uint8)
     if old.size != new.size:
         return Check(name, "fail", "the files differ in size")

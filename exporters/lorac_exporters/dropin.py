@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import google.protobuf.message
 import onnx
@@ -18,6 +19,29 @@ from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import Patch
 
 __all__ = ["Check", "DropinReport", "compare_files", "compare_models", "interface_check", "numeric_check", "read_model"]
+
+
+Format = Literal["onnx", "tflite"]
+TFLITE_IDENTIFIER = b"TFL3"  # bytes 4 to 8 of every .tflite file; of an ONNX file they are the producer's name
+
+
+def file_format(path: Path) -> Format:
+    """What a model file is: by its content, with which its suffix must agree.
+
+    Raises ArtifactError if it is missing, or named as one format and written in the other.
+    """
+    try:
+        with path.open("rb") as stream:
+            is_tflite = stream.read(8)[4:] == TFLITE_IDENTIFIER
+    except FileNotFoundError as err:
+        raise ArtifactError(f"{path} not found") from err
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be read: {err.strerror or err}") from err
+    if path.suffix == ".tflite" and not is_tflite:
+        raise ArtifactError(f"{path} is not a TFLite file: bytes 4 to 8 are not TFL3. Is it empty, cut off or renamed?")
+    if path.suffix == ".onnx" and is_tflite:
+        raise ArtifactError(f"{path} is named .onnx, but its content is TFLite; give it its own name back")
+    return "tflite" if is_tflite else "onnx"
 
 
 def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = None) -> DropinReport:
@@ -51,13 +75,16 @@ def compare_models(old: onnx.ModelProto, new: onnx.ModelProto) -> list[Check]:
 def read_model(path: Path) -> onnx.ModelProto:
     """Load an .onnx file. Raises ArtifactError with what is wrong."""
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except FileNotFoundError as err:
         raise ArtifactError(f"{path} not found") from err
     except OSError as err:
         raise ArtifactError(f"{path} cannot be read: {err.strerror or err}") from err
     except (google.protobuf.message.DecodeError, ValueError) as err:
         raise ArtifactError(f"{path} is not an ONNX file, or is truncated ({err})") from err
+    if not model.graph.node:
+        raise ArtifactError(f"{path} is not an ONNX file, or is truncated (there is no graph in it)")
+    return model
 
 
 def interface_check(name: str, own: Iterable[onnx.ValueInfoProto], new: Iterable[onnx.ValueInfoProto]) -> Check:

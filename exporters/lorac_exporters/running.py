@@ -14,7 +14,7 @@ from lorac_runtime.errors import ConversionError
 Floats = npt.NDArray[np.float32]
 
 # onnxruntime's errors have no common base below Exception
-_REFUSALS = (
+REFUSALS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -35,7 +35,7 @@ def run(model: ir.Model, images: Floats) -> Floats:
     try:
         session = onnxruntime.InferenceSession(to_bytes(model), options, providers=["CPUExecutionProvider"])
         outputs = session.run(None, {name_of(model.graph.inputs[0]): images})
-    except _REFUSALS as err:
+    except REFUSALS as err:
         raise ConversionError(f"onnxruntime cannot run the model on {images.shape}: {err}") from err
     result: Floats = outputs[0]
     return result

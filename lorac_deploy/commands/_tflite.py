@@ -21,7 +21,7 @@ def tflite_rows(report: TfliteReport) -> Iterator[tuple[str, str]]:
     if report.overflows:
         yield "beyond fp16", f"{report.overflows} weights, stored as the largest number that fp16 has"
     if report.changed:
-        yield "changed", f"{len(report.changed)} constants, which cannot be adapted in place: {shortened(report.changed)}"
+        yield "rewritten", f"{len(report.changed)} constants, not to be adapted in place: {shortened(report.changed)}"
 
 
 def shortened(names: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""`lorac-deploy export ARTIFACT --to FORMAT --out FILE`: an inference file, with an adapter fused into it or without."""
+"""`lorac-deploy export ARTIFACT --to FORMAT --out FILE`: a file for an app, with an adapter fused into it or not."""
 
 from __future__ import annotations
 
@@ -40,9 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_tflite_options(p: argparse.ArgumentParser) -> None:
-    default = TfliteConfig()
     g = p.add_argument_group("how TFLite stores it (with --to tflite)")
-    g.add_argument("--weights", choices=WEIGHTS, help=f"fp16 halves the file, int8 quarters it (default: {default.weights})")
+    g.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help=f"fp16 halves the file, int8 quarters it (default: {TfliteConfig().weights})",
+    )
     g.add_argument(
         "--calibration",
         type=Path,
@@ -55,7 +58,9 @@ def _add_tflite_options(p: argparse.ArgumentParser) -> None:
         help="uint8: raw images, normalised inside; int8: quantized, with int8 weights (default: as in the artifact)",
     )
     g.add_argument(
-        "--output-dtype", choices=IO_DTYPES, help="uint8 and int8: quantized logits, with int8 weights (default: float32)"
+        "--output-dtype",
+        choices=IO_DTYPES,
+        help="uint8 and int8: quantized logits, with int8 weights (default: float32)",
     )
 
 

@@ -19,7 +19,9 @@ from lorac_deploy.commands._options import (
     names,
     sizes,
 )
+from lorac_deploy.commands._tflite import tflite_rows
 from lorac_exporters.artifact import ArtifactConfig, ExportReport
+from lorac_exporters.base_tflite import TFLITE_CHOICES
 from lorac_exporters.branches import FORM_CHOICES
 from lorac_exporters.engine_files import ENGINE_CHOICES
 from lorac_exporters.plan import METHODS
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; defaults come from the dataclasses that the API takes."""
     p = argparse.ArgumentParser(
         prog="export-training-artifact",
-        description="Write a training artifact: base.onnx, what trains it on a device, and the manifest.",
+        description="Write a training artifact: base.onnx and base.tflite, what trains them on a device, the manifest.",
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="folder written by `lorac-deploy train --method full`")
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     _add_onnx_options(p)
     _add_method_options(p)
     _add_engine_options(p)
+    _add_tflite_options(p)
     add_device_options(p)
     return p
 
@@ -106,6 +109,22 @@ def _add_engine_options(p: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tflite_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("base.tflite")
+    g.add_argument(
+        "--tflite",
+        choices=TFLITE_CHOICES,
+        default=ARTIFACT.tflite,
+        help="how it stores its weights; auto is float32, or no such file where TFLite cannot do the model "
+        "(default: %(default)s)",
+    )
+    g.add_argument(
+        "--calibration",
+        type=Path,
+        help="with --tflite int8: images (.npz or class folders) from which the ranges of activations are measured",
+    )
+
+
 @guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
@@ -128,6 +147,8 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
     given = [n for n in ("num_classes", "class_names", "mean", "std", "scale", "size") if getattr(args, n) is not None]
     if args.checkpoint is not None and given:
         p.error(f"--{given[0].replace('_', '-')} describes an ONNX file; a checkpoint says it itself")
+    if (args.tflite == "int8") != (args.calibration is not None):
+        p.error("--tflite int8 needs --calibration, and nothing else does")
     idle = idle_lora_options(args.method, args)
     if idle:
         methods = "lora-c and full" if idle[0] == "blocks" else "lora-c"
@@ -142,6 +163,7 @@ def _config(args: argparse.Namespace) -> ArtifactConfig:
         bn_policy=args.bn,
         engine=args.engine,
         form=args.form,
+        tflite=args.tflite,
         training=device_defaults(args),
     )
 
@@ -166,6 +188,7 @@ def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Calla
         config=config,
         adapter=args.adapter,
         input_uint8=args.input_uint8,
+        calibration=args.calibration,
         on_progress=on_progress,
     )
 
@@ -182,11 +205,20 @@ def _show(report: ExportReport, *, list_changes: bool) -> None:
     table.add_row("method", f"{manifest.method}, {len(manifest.adapters)} adapters{fixed}, BN {manifest.bn_policy}")
     table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
     table.add_row("files", f"{size:.1f} MB in all, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB")
+    table.add_row("base.tflite", _tflite_text(report))
+    for name, text in () if report.tflite is None else tflite_rows(report.tflite):
+        table.add_row("", f"{name}: {text}")
     table.add_row("base.onnx", f"{len(report.changes)} differences from the model given{changes}")
     table.add_row("time", f"{report.seconds:.1f} s")
     console = Console()
     console.print(table)
+    if report.tflite is None:
+        console.print(f"no base.tflite: {report.no_tflite}", soft_wrap=True, markup=False)
     for change in report.changes if list_changes else ():
         console.print(f"changed: {change}", soft_wrap=True, markup=False)
     for layer, reason in report.frozen:
         console.print(f"frozen: {layer}: {reason}", soft_wrap=True, markup=False)
+
+
+def _tflite_text(report: ExportReport) -> str:
+    return "none, see below" if report.tflite is None else f"{report.tflite.nbytes / 1e6:.1f} MB"

@@ -20,11 +20,15 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     p = argparse.ArgumentParser(
         prog="lorac-deploy verify",
-        description="Check that FUSED can replace BASE: same operators, edges, attributes, shapes, dtypes, names, "
-        "opset and size, only bytes of the patch table differ, and the same answers as the training graph. "
-        "Exit status 0 if every check passes, 1 if not.",
+        description="Check that FUSED can replace BASE, both ONNX or both TFLite: same operators, edges, options, "
+        "shapes, dtypes, names, versions and size, only bytes of the patch table differ, and the same answers as the "
+        "training graph. Exit status 0 if every check passes, 1 if not.",
     )
-    p.add_argument("base", type=Path, help="artifact/base.onnx, or your own file that the artifact was made from")
+    p.add_argument(
+        "base",
+        type=Path,
+        help="base.onnx or base.tflite of an artifact; or the .onnx that the artifact was made from, or any .tflite",
+    )
     p.add_argument("fused", type=Path, help="the fused file")
     p.add_argument("--artifact", type=Path, help="folder with manifest.json (default: the folder of BASE)")
     p.add_argument(

@@ -9,19 +9,22 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, get_args, get_type_hints
+from typing import TextIO, get_args, get_origin, get_type_hints
 
 from lorac_runtime import resume
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.errors import LoracDeployError
+from lorac_runtime.manifest import ADAPTER
+from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import FinetuneReport
 from lorac_runtime.session import Progress, finetune
 
 DESCRIPTION = (
     "Fine-tune the model of a training artifact on local images and write OUT/adapter.safetensors, OUT/fused.onnx "
-    "(the base file with other numbers in some weights) and OUT/report.json. A run that was interrupted goes on "
-    "after its last whole epoch when the same command is given again; a finished one is not repeated. With other "
-    "images, another artifact or other settings the folder is refused, unless --restart begins anew."
+    "(the base file with other numbers in some weights) and OUT/report.json; with --to onnx,tflite OUT/fused.tflite "
+    "too. A run that was interrupted goes on after its last whole epoch when the same command is given again; a "
+    "finished one is not repeated, but a fused file that is asked for and is not there yet is made from its adapter. "
+    "With other images, another artifact or other settings the folder is refused, unless --restart begins anew."
 )
 FAILED, INTERRUPTED = 1, 130  # 2 is argparse's own, for a wrong command line
 
@@ -43,12 +46,19 @@ def parser() -> argparse.ArgumentParser:
         name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         if hints[field.name] is bool:
             made.add_argument(name, action="store_true", help=text)
+        elif get_origin(hints[field.name]) is tuple:
+            made.add_argument(name, type=_names, default=field.default, metavar="FORMATS", help=text)
         else:
             kind = next(iter(get_args(hints[field.name])), hints[field.name])
             made.add_argument(name, type=kind, default=field.default, help=text, choices=field.metadata["choices"])
     made.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     made.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
     return made
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +177,7 @@ def table(report: FinetuneReport, out: Path) -> str:
         "images": f"{report.train_images} for training, {report.val_images} held out",
         "time": f"{report.seconds:.1f} s, a step {1e3 * report.step_seconds:.1f} ms",
         "memory": memory,
-        "written": ", ".join(str(out / name) for name in ("adapter.safetensors", "fused.onnx", "report.json")),
+        "written": ", ".join(str(out / name) for name in (ADAPTER, *(f.name for f in report.fused), REPORT)),
     }
     return "".join(f"{name:10}{text}\n" for name, text in rows.items())
 

@@ -7,9 +7,10 @@ import math
 from typing import Any
 
 from lorac_runtime.engines import AUTO, MODULES
-from lorac_runtime.manifest import TrainingDefaults
+from lorac_runtime.manifest import BASE, BASE_TFLITE, TrainingDefaults
 
 ENGINES = (AUTO, *MODULES)
+FORMATS = {"onnx": BASE, "tflite": BASE_TFLITE}  # what a fused file can be, and the base file that it is a copy of
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -48,6 +49,11 @@ class FinetuneConfig:
         "compute a step in pieces of so many images, in less memory and with the same result; engine onnxruntime, not "
         "with BN policy batch (default: all images at once)",
     )
+    to: tuple[str, ...] = _option(
+        ("onnx",),
+        "formats of the fused model, onnx, tflite or onnx,tflite: OUT gets a file fused.FORMAT for each, made from "
+        "base.FORMAT of the artifact (default: onnx)",
+    )
     threads: int | None = _option(None, "threads of the engine (default: its own choice)")
     restart: bool = _option(False, "begin anew, whatever a finished or unfinished run left in the output folder")
 
@@ -56,6 +62,8 @@ class FinetuneConfig:
             _check(name, getattr(self, name), least=1)
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if not self.to or not set(self.to) <= set(FORMATS) or len(set(self.to)) < len(self.to):
+            raise ValueError(f"to must name some of {', '.join(FORMATS)}, each once, got {','.join(self.to)!r}")
         _check("seed", self.seed, least=0)
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive, got {self.lr}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import BinaryIO
 
 from lorac_runtime.errors import OutputError
 
 Buffer = bytes | memoryview
+_READ = 1 << 20  # bytes at a time when a file is read back
 
 _ADVICE = {
     errno.ENOSPC: "Free some space or choose another output folder.",
@@ -40,14 +42,34 @@ def atomic_write(target: Path, content: Buffer | Sequence[Buffer]) -> None:
 
     Raises OutputError if the file cannot be written; then nothing is left behind.
     """
-    pieces = [content] if isinstance(content, bytes | memoryview) else list(content)
+    pieces = [content] if isinstance(content, bytes | memoryview) else content
+    ends = list(itertools.accumulate(map(len, pieces), initial=0))
+    atomic_write_at(target, zip(ends, pieces, strict=False), nbytes=ends[-1])
+
+
+def atomic_write_at(target: Path, pieces: Iterable[tuple[int, Buffer]], *, nbytes: int) -> None:
+    """Write pieces, each with the offset where it belongs, as the whole of ``target``; `atomic_write` otherwise.
+
+    They come in any order and are used one at a time, so that an iterator needs no more memory than its largest piece.
+    What is read back is compared by the checksum (CRC-32) of each piece.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     atomic_write_at(Path(folder) / "a.bin", iter([(2, b"3"), (0, b"12")]), nbytes=3)
+    ...     (Path(folder) / "a.bin").read_bytes()
+    b'123'
+
+    Raises OutputError if the file cannot be written, ValueError if the pieces are not each of its ``nbytes`` bytes
+    once; then, and if ``pieces`` raises, nothing is left behind.
+    """
     with staged(target) as part:
         with part.open("wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
+            written = sorted(_put(stream, offset, piece) for offset, piece in pieces)
             stream.flush()
             os.fsync(stream.fileno())
-        if not _holds(part, pieces):
+        if [offset for offset, _, _ in written] + [nbytes] != [0, *(offset + n for offset, n, _ in written)]:
+            raise ValueError(f"the pieces of {target} are not each of its {nbytes} bytes once")
+        if not _holds(part, written):
             raise OutputError(f"{target} was not written: reading it back gave other bytes. Is the disk sound?")
 
 
@@ -102,14 +124,29 @@ def output_folder(folder: Path) -> Path:
     return folder
 
 
-def _holds(path: Path, pieces: list[Buffer]) -> bool:
-    """Whether the file is exactly the pieces. As arrays: memoryview == bytes goes element by element."""
+def _put(stream: BinaryIO, offset: int, piece: Buffer) -> tuple[int, int, int]:
+    """Write a piece; its offset, length and checksum."""
+    if stream.tell() != offset:
+        stream.seek(offset)
+    stream.write(piece)
+    return offset, len(piece), zlib.crc32(piece)
+
+
+def _holds(path: Path, written: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether the file is made of pieces of these lengths and checksums, and nothing else."""
     with path.open("rb") as stream:
-        for piece in pieces:
-            found = stream.read(len(piece))
-            if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(piece, np.uint8)):
-                return False
-        return not stream.read(1)
+        return all(_checksum(stream, nbytes) == crc for _, nbytes, crc in written) and not stream.read(1)
+
+
+def _checksum(stream: BinaryIO, nbytes: int) -> int | None:
+    """Of the next bytes of the file; None if it has less."""
+    crc = 0
+    while nbytes:
+        found = stream.read(min(nbytes, _READ))
+        if not found:
+            return None
+        crc, nbytes = zlib.crc32(found, crc), nbytes - len(found)
+    return crc
 
 
 def _flush(path: Path) -> None:

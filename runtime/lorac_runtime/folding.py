@@ -107,14 +107,26 @@ def refold_weight(
 
     Raises ValueError if ``old`` is zero for a row that is not given.
     """
-    given = np.zeros(old.shape, bool)
-    if rows is not None and row_index is not None:
-        given[row_index] = True
-    lost = np.flatnonzero((old == 0) & ~given)
-    if lost.size:
-        raise ValueError(f"rows {lost.tolist()} were multiplied by zero and cannot be unfolded")
+    given = check_unfolding(old, None if rows is None else row_index)
     ratio = np.divide(new, old, out=np.zeros(old.shape), where=~given)
     result = fold_rows(folded, ratio.astype(np.float32))
     if rows is not None and row_index is not None:
         result[row_index] = fold_rows(rows, new[row_index])
     return result
+
+
+def check_unfolding(old: Array, row_index: Array | None) -> npt.NDArray[np.bool_]:
+    """Which output channels (c_out,) are given unfolded, as ``row_index`` says; all others can be unfolded.
+
+    >>> check_unfolding(np.array([0.0, 2.0]), np.array([0]))
+    array([ True, False])
+
+    Raises ValueError if ``old`` is zero for a row that is not given.
+    """
+    given = np.zeros(old.shape, bool)
+    if row_index is not None:
+        given[row_index] = True
+    lost = np.flatnonzero((old == 0) & ~given)
+    if lost.size:
+        raise ValueError(f"rows {lost.tolist()} were multiplied by zero and cannot be unfolded")
+    return given

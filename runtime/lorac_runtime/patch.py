@@ -6,23 +6,41 @@ No model format is parsed: the patch table of the manifest says where each tenso
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime.adapter import load_adapter
+from lorac_runtime.base_file import mapped, same_file, tensor_in, write_copy, write_patched
+from lorac_runtime.channels import Channels
 from lorac_runtime.errors import AdapterError, ArtifactError, OutputError, listed
 from lorac_runtime.expected import state_problems
-from lorac_runtime.files import Buffer, atomic_write
-from lorac_runtime.fused import fused_weights
-from lorac_runtime.manifest import BASE, BATCHNORM, FILE_NAME, Manifest, Patch, load, verify_files
+from lorac_runtime.fused import fused_channels, fused_weights
+from lorac_runtime.manifest import (
+    BASE,
+    BASE_TFLITE,
+    BATCHNORM,
+    FILE_NAME,
+    Manifest,
+    Patch,
+    load,
+    verify_files,
+)
+from lorac_runtime.stored import ranges
 
-__all__ = ["FuseReport", "base_weights", "batchnorm_tensors", "fuse", "fused_weights", "read_tensor", "write_patched"]
+__all__ = [
+    "FuseReport",
+    "base_weights",
+    "batchnorm_tensors",
+    "check_base",
+    "fuse",
+    "fused_weights",
+    "read_tensor",
+    "write_patched",
+]
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +51,9 @@ class FuseReport:
 
     ``read_seconds`` holds the reading and the hash check of the base, ``write_seconds`` the writing, flushing
     and reading back of the fused file; ``compute_seconds`` is what fusing itself takes.
+
+    ``overflowed`` counts numbers too large for a float16 file, stored as the largest that it holds; ``saturated``
+    names biases that an int8 file could not hold in full.
     """
 
     tensors: tuple[str, ...]
@@ -40,6 +61,8 @@ class FuseReport:
     read_seconds: float
     compute_seconds: float
     write_seconds: float
+    overflowed: int = 0
+    saturated: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -47,35 +70,79 @@ class FuseReport:
         return self.read_seconds + self.compute_seconds + self.write_seconds
 
 
-def fuse(folder: Path, target: Path, state: Mapping[str, Array]) -> FuseReport:
-    """Write the base of the artifact in ``folder`` with the trained ``state`` fused into it to ``target``.
+def fuse(folder: Path, target: Path, state: Mapping[str, Array], *, base: str = BASE) -> FuseReport:
+    """Write a base file of the artifact in ``folder`` with the trained ``state`` fused into it to ``target``.
 
-    ``state`` holds every trainable tensor and, under the policies ``batch`` and ``recalibrate``, the running
-    statistics, in the coordinates of the manifest. The base is checked against its sha256 and never modified.
+    ``base`` is base.onnx or base.tflite. ``state`` holds every trainable tensor and, under the policies ``batch`` and
+    ``recalibrate``, the running statistics, in the coordinates of the manifest. Weights are always computed from the
+    float32 numbers in base.onnx. Base files are checked against their sha256 and never modified. It goes block by
+    block: memory is needed for some megabytes, not for a model.
 
-    Raises ArtifactError for a damaged artifact, AdapterError for a state that does not fit (all mismatches at
-    once), OutputError if ``target`` cannot be written or is a file of the artifact.
+    Raises ArtifactError for a damaged artifact or one without ``base``, AdapterError for a state that does not fit
+    (all mismatches at once), OutputError if ``target`` cannot be written or is a file of the artifact.
     """
     started = time.perf_counter()
+    manifest = _checked(folder, target, state, base)
+    content, batchnorm = mapped(folder / BASE), batchnorm_tensors(folder, manifest)
+    read = time.perf_counter()
+    originals = _weights(content, manifest)
+    values = fused_channels(manifest, originals, state, batchnorm)
+    values |= _partners(manifest, base, values, originals)
+    patches = _entries(manifest, base, values)
+    prepared = time.perf_counter()
+    written = write_copy(folder / base, target, patches, values, read_from=(content,))
+    return FuseReport(
+        tensors=tuple(p.tensor for p in patches),
+        bytes_patched=sum(r.nbytes for p in patches for r in ranges(p)),
+        read_seconds=read - started,
+        compute_seconds=prepared - read + written.compute_seconds,
+        write_seconds=time.perf_counter() - prepared - written.compute_seconds,
+        overflowed=written.losses.overflowed,
+        saturated=tuple(written.losses.saturated),
+    )
+
+
+def _checked(folder: Path, target: Path, state: Mapping[str, Array], base: str) -> Manifest:
+    """The manifest, once everything fits that can be checked before anything is computed."""
     manifest = load(folder)
+    check_base(folder, manifest, base)
     _refuse_own_files(folder, target, manifest)
     problems = state_problems(manifest, state)
     if problems:
         raise AdapterError(listed(f"the trained state does not fit the artifact of {manifest.model!r}:", problems))
-    verify_files(folder, manifest, (BASE,))
-    base, batchnorm = base_weights(folder, manifest), batchnorm_tensors(folder, manifest)
-    read = time.perf_counter()
-    values = fused_weights(manifest, base, state, batchnorm)
-    computed = time.perf_counter()
-    patches = [p for p in manifest.patches if p.file == BASE and p.tensor in values]
-    write_patched(folder / BASE, target, patches, values)
-    return FuseReport(
-        tensors=tuple(p.tensor for p in patches),
-        bytes_patched=sum(p.nbytes for p in patches),
-        read_seconds=read - started,
-        compute_seconds=computed - read,
-        write_seconds=time.perf_counter() - computed,
-    )
+    verify_files(folder, manifest, tuple(dict.fromkeys((BASE, base))))
+    return manifest
+
+
+def _entries(manifest: Manifest, base: str, values: Mapping[str, Channels]) -> list[Patch]:
+    """Rows of the patch table for each value."""
+    patches = [p for p in manifest.patches if p.file == base and p.tensor in values]
+    missing = sorted(values.keys() - {p.tensor for p in patches})
+    if missing:
+        raise ArtifactError(
+            f"the patch table has no entry for {', '.join(missing)} in {base}; export the artifact again"
+        )
+    return patches
+
+
+def check_base(folder: Path, manifest: Manifest, base: str) -> None:
+    """Raises ArtifactError if the artifact in ``folder`` holds no file ``base`` to fuse into."""
+    if base not in manifest.files or base not in (BASE, BASE_TFLITE):
+        held = " and ".join(name for name in (BASE, BASE_TFLITE) if name in manifest.files)
+        raise ArtifactError(
+            f"{folder} has no {base} to fuse into, it has {held}; export the artifact again with {base}, or leave that "
+            "format out"
+        )
+
+
+def _partners(
+    manifest: Manifest, base: str, values: Mapping[str, Channels], originals: Mapping[str, Array]
+) -> dict[str, Channels]:
+    """Tensors without a change of their own that are stored anew, because scales depend on weight and bias."""
+    found = {
+        p.quantization.partner for p in manifest.patches if p.quantization and p.tensor in values and p.file == base
+    }
+    return {name: Channels.of(originals[name]) for name in found if name is not None and name not in values}
 
 
 def read_tensor(folder: Path, patch: Patch) -> Array:
@@ -83,7 +150,7 @@ def read_tensor(folder: Path, patch: Patch) -> Array:
 
     Raises ArtifactError if the file is missing or too short.
     """
-    return _view(_mapped(folder / patch.file), patch).copy()
+    return tensor_in(mapped(folder / patch.file), patch).copy()
 
 
 def base_weights(folder: Path, manifest: Manifest) -> dict[str, Array]:
@@ -91,8 +158,11 @@ def base_weights(folder: Path, manifest: Manifest) -> dict[str, Array]:
 
     Raises ArtifactError if the file is missing or too short.
     """
-    content = _mapped(folder / BASE)
-    return {p.tensor: _view(content, p) for p in manifest.patches if p.file == BASE}
+    return _weights(mapped(folder / BASE), manifest)
+
+
+def _weights(content: memoryview, manifest: Manifest) -> dict[str, Array]:
+    return {p.tensor: tensor_in(content, p) for p in manifest.patches if p.file == BASE}
 
 
 def batchnorm_tensors(folder: Path, manifest: Manifest) -> dict[str, Array]:
@@ -109,75 +179,6 @@ def batchnorm_tensors(folder: Path, manifest: Manifest) -> dict[str, Array]:
         raise ArtifactError(str(err)) from err
 
 
-def write_patched(source: Path, target: Path, patches: Sequence[Patch], values: Mapping[str, Array]) -> None:
-    """Write ``source`` to ``target`` with ``values`` in the byte ranges of ``patches``, one value per patch.
-
-    Atomic (see `files.atomic_write`): ``target`` is the whole new file, read back and compared, or untouched.
-
-    Raises ValueError if patches and values do not belong together, ArtifactError if ``source`` cannot be read
-    or the ranges overlap or leave it, OutputError if ``target`` cannot be written or is ``source``.
-    """
-    if _same(target, source):
-        raise OutputError(f"{target} is the base file itself, which is never modified; name another output file")
-    ordered = sorted(patches, key=lambda patch: patch.offset)
-    if {p.tensor for p in ordered} != set(values):
-        raise ValueError(f"patches and values differ: {sorted({p.tensor for p in ordered} ^ set(values))}")
-    atomic_write(target, _pieces(_mapped(source), ordered, values))
-
-
-def _pieces(source: memoryview, ordered: Sequence[Patch], values: Mapping[str, Array]) -> list[Buffer]:
-    """The new file: stretches of the source and new values in turn. One pass, and no copy of what stays."""
-    pieces: list[Buffer] = []
-    end = 0
-    for patch in ordered:
-        if patch.offset < end:
-            raise ArtifactError(f"the patch table has {patch.tensor} overlap another tensor; export again")
-        _check_range(source, patch)
-        pieces += [source[end : patch.offset], _bytes(values[patch.tensor], patch)]
-        end = patch.offset + patch.nbytes
-    return [*pieces, source[end:]]
-
-
-def _bytes(value: Array, patch: Patch) -> memoryview:
-    if value.shape != tuple(patch.shape):
-        raise ValueError(f"{patch.tensor} has shape {value.shape}, its patch entry says {tuple(patch.shape)}")
-    stored = value if patch.permute is None else value.transpose(patch.permute)
-    return np.ascontiguousarray(stored, "<f4").data.cast("B")
-
-
-def _view(content: memoryview, patch: Patch) -> Array:
-    _check_range(content, patch)
-    order = tuple(range(len(patch.shape))) if patch.permute is None else patch.permute
-    stored = np.frombuffer(content[patch.offset : patch.offset + patch.nbytes], "<f4")
-    # argsort of a permutation is its inverse
-    return stored.reshape([patch.shape[axis] for axis in order]).transpose(np.argsort(order))
-
-
-def _check_range(content: memoryview, patch: Patch) -> None:
-    if patch.offset < 0 or patch.offset + patch.nbytes > len(content):
-        raise ArtifactError(
-            f"{patch.tensor} lies at bytes {patch.offset}..{patch.offset + patch.nbytes} of {patch.file}, which "
-            f"has {len(content)}; copy or export the artifact again"
-        )
-
-
-def _mapped(path: Path) -> memoryview:
-    """The file's bytes without reading them; pages come in as they are used."""
-    try:
-        with path.open("rb") as stream:
-            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as err:  # ValueError: an empty file cannot be mapped
-        raise ArtifactError(f"{path} cannot be read: {err}") from err
-
-
 def _refuse_own_files(folder: Path, target: Path, manifest: Manifest) -> None:
-    if any(_same(target, folder / name) for name in (FILE_NAME, *manifest.files)):
+    if any(same_file(target, folder / name) for name in (FILE_NAME, *manifest.files)):
         raise OutputError(f"{target} is a file of the training artifact; name another output file")
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether both name one existing file, links followed."""
-    try:
-        return one.samefile(other)
-    except OSError:  # one of them does not exist, or cannot be reached: opening it will tell
-        return False

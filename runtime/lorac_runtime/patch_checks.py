@@ -140,9 +140,7 @@ def _channels(p: Patch) -> int | None:
 
 def _overlaps(patches: Sequence[Patch]) -> list[str]:
     """Neighbours in a file that share bytes, scales included."""
-    ranges = sorted(
-        (p.file, r.offset, r.end, f"patches.{p.tensor}: {what}") for p in patches for what, r in _ranges(p)
-    )
+    ranges = sorted((p.file, r.offset, r.end, f"patches.{p.tensor}: {what}") for p in patches for what, r in _ranges(p))
     problems = []
     reach: dict[str, tuple[int, str]] = {}  # by file: the end of all ranges so far, and whose it is
     for file, offset, end, what in ranges:

@@ -22,6 +22,23 @@ FILE_NAME = "report.json"
 
 
 @dataclasses.dataclass(frozen=True)
+class FusedFile:
+    """A fused file in the output folder. ``seconds`` is all that making it took, ``compute_seconds`` what it took
+    beside reading and writing.
+
+    ``overflowed`` counts numbers too large for float16, stored as the largest one; ``saturated`` names biases that do
+    not fit into int32.
+    """
+
+    name: str
+    nbytes: int
+    seconds: float
+    compute_seconds: float
+    overflowed: int = 0
+    saturated: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class FinetuneReport:
     """A finished run. ``losses`` has a value per step.
 
@@ -29,8 +46,8 @@ class FinetuneReport:
     there; None where none were held out.
 
     ``step_seconds`` is the median of the engine's steps. ``seconds`` is the whole run's time, resumed parts
-    included; ``fuse_seconds`` is what fusing took beside reading and writing the file. ``peak_memory_bytes`` is
-    the process's peak resident memory, None where the system does not tell. ``run`` identifies artifact, data
+    included; ``fuse_seconds`` is what fusing took beside reading and writing the ``fused`` files. ``peak_memory_bytes``
+    is the process's peak resident memory, None where the system does not tell. ``run`` identifies artifact, data
     and settings by hash and value: a run with an equal one would give the same result.
     """
 
@@ -56,6 +73,7 @@ class FinetuneReport:
     settings: Settings
     versions: dict[str, str]
     run: dict[str, str]
+    fused: tuple[FusedFile, ...] = ()
 
     def to_json(self) -> str:
         """The report as text."""

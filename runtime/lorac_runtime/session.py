@@ -1,7 +1,7 @@
 """A fine-tuning run on the device: from an artifact and local images to an adapter and a fused model.
 
 The order is: check everything that can be checked, take the accuracy before, train with a checkpoint after every
-epoch, take the accuracy after, write adapter.safetensors, fused.onnx and report.json, drop the checkpoint.
+epoch, take the accuracy after, write adapter.safetensors, the fused files and report.json, drop the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import numpy.typing as npt
 
 from lorac_runtime import resume
 from lorac_runtime.adapter import AdapterFile, load_adapter, save_adapter, to_manifest_coordinates
-from lorac_runtime.config import FinetuneConfig, Settings
+from lorac_runtime.config import FORMATS, FinetuneConfig, Settings
 from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_split
 from lorac_runtime.engines import AUTO, Engine, open_engine
 from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
+from lorac_runtime.fused_files import add_formats, missing_formats, remove_others, write_fused
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import FUSED, check_outputs, remove_partial_files
-from lorac_runtime.patch import FuseReport, batchnorm_tensors, fuse
+from lorac_runtime.patch import batchnorm_tensors, check_base
 from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import (
     FinetuneReport,
+    FusedFile,
     package_version,
     peak_memory_bytes,
     read_report,
@@ -55,6 +57,7 @@ class _Job:
     start: dict[str, npt.NDArray[Any]]
     metadata: dict[str, str]
     run: dict[str, str]
+    to: tuple[str, ...]
 
     @property
     def probe(self) -> Samples:
@@ -73,14 +76,15 @@ def finetune(
     adapter: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> FinetuneReport:
-    """Fine-tune the model of a training artifact on local images; ``out`` gets adapter, fused model and report.
+    """Fine-tune the model of a training artifact on local images; ``out`` gets adapter, fused files and report.
 
     ``data`` is an .npz file (``images`` uint8, ``labels``) or a folder with one sub-folder of images per class.
     ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step.
 
     A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch, with another
     engine too if ``config.engine`` names one. Where the same run is finished already, its report is returned and
-    nothing is done. ``config.restart`` begins anew.
+    nothing is done, but to make a fused file that ``config.to`` asks for and that is not there yet. ``config.restart``
+    begins anew.
 
     Raises ArtifactError, OutputError, DataError and AdapterError before any work is done, CheckpointError if ``out``
     holds an unfinished run with other settings, EngineError, DivergenceError; MemoryError where a batch does not fit.
@@ -90,7 +94,7 @@ def finetune(
     if not config.restart and (finished := _finished(job, config.engine)) is not None:
         log.info("%s holds this very run, finished; restart (--restart) runs it again", out)
         return finished
-    remove_partial_files(job.out, (ADAPTER, FUSED, REPORT))
+    remove_partial_files(job.out, (ADAPTER, *FUSED.values(), REPORT))
     engine = open_engine(
         job.artifact, job.manifest, engine=config.engine, threads=config.threads, micro_batch=config.micro_batch
     )
@@ -105,7 +109,9 @@ def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, 
     manifest = load(artifact)
     settings = config.resolved(manifest.training)
     adapter = None if adapter is None else Path(adapter)
-    check_outputs(artifact, out, manifest, data=data, adapter=adapter)
+    for name in config.to:
+        check_base(artifact, manifest, FORMATS[name])
+    check_outputs(artifact, out, manifest, data=data, adapter=adapter, to=config.to)
     verify_files(artifact, manifest)
     local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names)
     own = load_adapter(artifact / ADAPTER)
@@ -122,6 +128,7 @@ def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, 
         start=to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), file),
         metadata=_metadata(manifest, own.metadata),
         run=_identity(artifact, local, settings, adapter),
+        to=config.to,
     )
 
 
@@ -151,18 +158,21 @@ def _identity(artifact: Path, local: LocalData, settings: Settings, adapter: Pat
 
 
 def _finished(job: _Job, engine: str) -> FinetuneReport | None:
-    """The report of the same run, if ``out`` holds it whole. Raises OutputError if it holds another one.
+    """The report of the same run, if ``out`` holds it; fused files that it lacks are made from its adapter.
+
+    Raises OutputError if ``out`` holds another run.
 
     Engines agree to rounding, so which one ran matters only where one was asked for by name.
     """
     report = None if resume.exists(job.out) else read_report(job.out)
-    if report is None or not all((job.out / name).is_file() for name in (ADAPTER, FUSED)):
+    if report is None or not (job.out / ADAPTER).is_file():
         return None
     wanted = report.engine if engine == AUTO else engine
     if (before := report.run | {"engine": report.engine}) != (now := job.run | {"engine": wanted}):
         headline = f"{job.out} holds a finished run of another kind. {resume.ADVICE}; what differs:"
         raise OutputError(listed(headline, resume.differences(before, now)))
-    return report
+    missing = missing_formats(job.out, report, job.to)
+    return add_formats(job.artifact, job.out, job.manifest, report, missing) if missing else report
 
 
 def _resumed_or_begun(engine: Engine, job: _Job, *, restart: bool) -> History:
@@ -203,8 +213,9 @@ def _written(engine: Engine, job: _Job, history: History, *, started: float) -> 
     after, state = evaluate(engine, job.probe), engine.state()
     if not math.isfinite(after.loss):
         raise DivergenceError(diverged(f"the loss is {after.loss} after the last step", job.settings))
+    remove_others(job.out, job.to)
     save_adapter(job.out / ADAPTER, state, job.metadata)
-    fused = fuse(job.artifact, job.out / FUSED, state)
+    fused = write_fused(job.artifact, job.out, state, job.to)
     report = _report(engine, job, history, after=after, fused=fused, seconds=time.perf_counter() - started)
     write_report(job.out, report)
     resume.discard(job.out)
@@ -213,7 +224,7 @@ def _written(engine: Engine, job: _Job, history: History, *, started: float) -> 
 
 
 def _report(
-    engine: Engine, job: _Job, history: History, *, after: Evaluation, fused: FuseReport, seconds: float
+    engine: Engine, job: _Job, history: History, *, after: Evaluation, fused: tuple[FusedFile, ...], seconds: float
 ) -> FinetuneReport:
     manifest = job.manifest
     before = history.before if len(job.held_out) else None
@@ -232,7 +243,7 @@ def _report(
         val_images=len(job.held_out),
         step_seconds=statistics.median(history.step_seconds),
         seconds=seconds,
-        fuse_seconds=fused.compute_seconds,
+        fuse_seconds=sum(file.compute_seconds for file in fused),
         peak_memory_bytes=peak_memory_bytes(),
         trained_parameters=manifest.trained_parameters,
         model_parameters=manifest.model_parameters,
@@ -240,6 +251,7 @@ def _report(
         settings=job.settings,
         versions=versions(engine.name, engine.version),
         run=job.run,
+        fused=fused,
     )
 
 

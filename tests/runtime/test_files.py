@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lorac_runtime.errors import OutputError
-from lorac_runtime.files import atomic_write, output_folder, staged
+from lorac_runtime.files import atomic_write, atomic_write_at, output_folder, staged
 
 
 def names(folder: Path) -> list[str]:
@@ -133,3 +134,36 @@ def test_an_output_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "a" / "b"):
         with pytest.raises(OutputError, match=f"cannot write {folder}"):
             output_folder(folder)
+
+
+def test_pieces_may_come_in_any_order_from_an_iterator(tmp_path: Path) -> None:
+    big = bytes(range(256)) * 10_000
+    pieces = [(4, big), (0, b"head"), (4 + len(big), b""), (4 + len(big), b"tail")]
+    atomic_write_at(tmp_path / "a", iter(pieces), nbytes=8 + len(big))
+    assert (tmp_path / "a").read_bytes() == b"head" + big + b"tail"
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "pieces", [[(0, b"ab"), (3, b"d")], [(0, b"abc"), (2, b"cd")], [(0, b"abc")], [(0, b"abcde")], [(1, b"bcd")], []]
+)
+def test_pieces_that_leave_bytes_out_or_write_them_twice_are_refused(
+    tmp_path: Path, pieces: list[tuple[int, bytes]]
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ValueError, match="are not each of its 4 bytes once"):
+        atomic_write_at(tmp_path / "a", pieces, nbytes=4)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_iterator_that_fails_half_way_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    def pieces() -> Iterator[tuple[int, bytes]]:
+        yield 0, b"half"
+        raise ArithmeticError("of the values")
+
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ArithmeticError):
+        atomic_write_at(tmp_path / "a", pieces(), nbytes=8)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]

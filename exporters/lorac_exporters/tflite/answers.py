@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lorac_exporters.tflite.network import Network, Quantization, Tensor
 from lorac_exporters.tflite.running import Runner
 from lorac_runtime.data import preprocess
-from lorac_runtime.errors import ConversionError
+from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import InputSpec
 
 Array = npt.NDArray[Any]
@@ -21,24 +21,30 @@ Images = npt.NDArray[np.uint8]
 class TfliteAnswers:
     """Call it with raw images, uint8 (n, height, width, channels): returns each output, float32, by its signature name.
 
-    Raises ConversionError if no TFLite interpreter is installed, or if it refuses the file.
+    Raises ConversionError if no TFLite runtime is installed, ArtifactError if it refuses the file.
     """
 
     def __init__(self, path: Path, network: Network, spec: InputSpec) -> None:
         """``network`` is what `schema.from_bytes` read from ``path``; ``spec`` describes the model it was made from."""
         if len(network.inputs) != 1:
-            raise ConversionError(f"{path} has {len(network.inputs)} inputs, expected one: the images")
+            raise ArtifactError(f"{path} has {len(network.inputs)} inputs, expected one: the images")
         self._runner = Runner(path)
         self._input, self._outputs, self._spec = network.inputs[0], network.outputs, spec
         self._names = network.output_keys or tuple(tensor.name for tensor in network.outputs)
 
     def __call__(self, images: Images) -> dict[str, npt.NDArray[np.float32]]:
         """The outputs for raw images."""
-        answers = self._runner.run(model_input(images, self._input, self._spec))
+        stored = model_input(images, self._input, self._spec)
+        answers = self._runner.run(stored) if self._input.batch_axis == 0 else self._one_by_one(stored)
         return {
             name: real_values(answer, tensor.quantization)
             for name, answer, tensor in zip(self._names, answers, self._outputs, strict=True)
         }
+
+    def _one_by_one(self, stored: Array) -> list[Array]:
+        """For somebody else's file, which may take one image at a time."""
+        rows = [self._runner.run(stored[i : i + 1]) for i in range(len(stored))]
+        return [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
 def model_input(images: Images, tensor: Tensor, spec: InputSpec) -> Array:

@@ -16,9 +16,9 @@ class TfliteConfig:
     """How a .tflite file stores the network.
 
     ``weights``: ``float32``, ``fp16`` (half the size, computed in float32) or ``int8`` (a quarter, computed in
-    integers; needs calibration). ``input_dtype``: ``uint8`` takes raw images and normalises them inside, ``int8`` takes
-    quantized ones; None is what the graph takes, float32 or raw uint8. ``output_dtype`` other than float32 gives quantized
-    logits. Quantized inputs and outputs go with int8 weights.
+    integers; needs calibration). ``input_dtype``: ``uint8`` takes raw images and normalises them inside, ``int8``
+    takes quantized ones; None is what the graph takes, float32 or raw uint8. ``output_dtype`` other than float32 gives
+    quantized logits. Quantized inputs and outputs go with int8 weights.
 
     Raises ValueError for a value out of range, or for values that do not go together.
     """

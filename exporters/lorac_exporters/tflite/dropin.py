@@ -16,12 +16,13 @@ import numpy as np
 
 from lorac_exporters.checks import Check, DropinReport, bytes_check, same, same_list, shortened
 from lorac_exporters.tflite.network import Network, Tensor
+from lorac_exporters.tflite.reading import read_content
 from lorac_exporters.tflite.schema import buffer_ranges, from_bytes
-from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import Patch
+from lorac_runtime.stored import ranges
 
 Range = tuple[int, int]  # offset, nbytes
-KEPT_KINDS = "ib"  # whole numbers and truth values of constants without a scale: they steer operators, nothing trains them
+STEERING_KINDS = "iub"  # whole numbers and truth values of constants without a scale
 
 
 def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = None) -> DropinReport:
@@ -30,14 +31,14 @@ def compare_files(base: Path, fused: Path, patches: Iterable[Patch] | None = Non
     Raises ArtifactError if a file is missing or is not TFLite.
     """
     table = None if patches is None else list(patches)
-    contents = [read_content(path) for path in (base, fused)]
-    networks = [from_bytes(content, str(path)) for content, path in zip(contents, (base, fused), strict=True)]
-    rescaled = None if table is None else {p.tensor for p in table if p.quantization is not None}
+    contents = read_content(base), read_content(fused)
+    old, new = from_bytes(contents[0], str(base)), from_bytes(contents[1], str(fused))
+    patched, rescaled = (set(), None) if table is None else _touched(contents[0], table)
     checks = [
-        *compare_networks(*networks, rescaled=rescaled),
-        _sharing_check(contents[0], contents[1], table or []),
+        *compare_networks(old, new, rescaled=rescaled),
+        _sharing_check(old, new, patched),
         same("file size", len(contents[0]), len(contents[1]), "bytes"),
-        bytes_check(base, fused, None if table is None else patched_ranges(table)),
+        bytes_check(base, fused, None if table is None else _ranges(table)),
     ]
     return DropinReport(str(base), str(fused), tuple(checks))
 
@@ -61,24 +62,18 @@ def compare_networks(old: Network, new: Network, *, rescaled: Collection[str] | 
     ]
 
 
-def read_content(path: Path) -> bytes:
-    """A file's bytes. Raises ArtifactError with what is wrong."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as err:
-        raise ArtifactError(f"{path} not found") from err
-    except OSError as err:
-        raise ArtifactError(f"{path} cannot be read: {err.strerror or err}") from err
+def _ranges(patches: list[Patch]) -> list[Range]:
+    """Where fusing writes: numbers, and scales of the quantized."""
+    return [(stretch.offset, stretch.nbytes) for patch in patches for stretch in ranges(patch)]
 
 
-def patched_ranges(patches: Iterable[Patch]) -> list[Range]:
-    """Where fusing may write: the values of each patched tensor, and the scales of a quantized one."""
-    found = []
-    for patch in patches:
-        found.append((patch.offset, patch.nbytes))
-        if patch.quantization is not None:
-            found.append((patch.quantization.scales.offset, patch.quantization.scales.nbytes))
-    return found
+def _touched(content: bytes, patches: list[Patch]) -> tuple[set[str], set[str]]:
+    """Names of the constants whose numbers lie where a patch goes, and of those whose scales do."""
+    numbers = {p.offset for p in patches}
+    scales = {p.quantization.scales.offset for p in patches if p.quantization is not None}
+    places = buffer_ranges(content)
+    patched = {name for name, found in places.items() if found.data.offset in numbers}
+    return patched, {name for name, found in places.items() if found.scales and found.scales.offset in scales}
 
 
 def _operators(network: Network) -> list[str]:
@@ -98,7 +93,7 @@ def _edges(network: Network) -> list[str]:
 def _options(network: Network) -> list[str]:
     """Each operator's options as text; sorted, since their order means nothing."""
     return [
-        f"{number} {op.kind}({', '.join(f'{name}={value!r}' for name, value in sorted(op.options.items()))})"
+        f"{number} ({', '.join(f'{name}={value!r}' for name, value in sorted(op.options.items()))})"
         for number, op in enumerate(network.operators)
     ]
 
@@ -112,14 +107,9 @@ def _role(tensor: Tensor) -> str:
 
 
 def _signature(network: Network) -> list[str]:
-    """The names under which apps find inputs and outputs, with the tensor (by number) behind each."""
-    numbers = {tensor: number for number, tensor in enumerate(network.tensors())}
-    sides = (("input", network.input_keys, network.inputs), ("output", network.output_keys, network.outputs))
-    return [
-        f"{side} {key}: #{numbers[tensor]}"
-        for side, keys, tensors in sides
-        for key, tensor in zip(keys, tensors, strict=False)
-    ] + [f"{len(network.input_keys)} input and {len(network.output_keys)} output names"]
+    """The names under which apps find inputs and outputs."""
+    sides = (("input", network.input_keys), ("output", network.output_keys))
+    return [f"{side} {number}: {key}" for side, keys in sides for number, key in enumerate(keys)]
 
 
 def _quantization_check(old: Network, new: Network, rescaled: Collection[str] | None) -> Check:
@@ -132,8 +122,8 @@ def _quantization_check(old: Network, new: Network, rescaled: Collection[str] | 
     if different:
         return Check("quantization", "fail", shortened(different))
     quantized = sum(a.quantization is not None for a, _ in pairs)
-    text = f"{quantized} tensors have equal zero points, axes and activation scales"
-    return Check("quantization", "pass", f"{text}; scales of {moved} weights and biases changed" if quantized else "none")
+    text = f"{quantized} tensors have equal zero points, axes and activation scales; scales of {moved} constants differ"
+    return Check("quantization", "pass", text if quantized else "no tensor is quantized")
 
 
 def _quantization_differences(a: Tensor, b: Tensor, *, scales_free: bool) -> list[str]:
@@ -170,7 +160,7 @@ def _steering(network: Network) -> list[str]:
     return [
         f"{number} {tensor.name} {tensor.data.reshape(-1)[:16].tolist()} {_digest(tensor.data.tobytes())}"
         for number, tensor in enumerate(network.tensors())
-        if tensor.data is not None and tensor.data.dtype.kind in KEPT_KINDS and tensor.quantization is None
+        if tensor.data is not None and tensor.data.dtype.kind in STEERING_KINDS and tensor.quantization is None
     ]
 
 
@@ -185,25 +175,25 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:8]
 
 
-def _sharing_check(old: bytes, new: bytes, patches: list[Patch]) -> Check:
+def _sharing_check(old: Network, new: Network, patched: Collection[str]) -> Check:
     """Whether the same tensors share bytes in both files, and no patched one with another."""
     name = "shared buffers"
     before, after = _shared(old), _shared(new)
     if before != after:
-        return Check(name, "fail", f"base shares {_groups(before)}, fused {_groups(after)}")
-    patched = {p.tensor for p in patches}
-    hit = [group for group in before if patched & set(group)]
+        return Check(name, "fail", f"base shares {_groups(before)}; fused {_groups(after)}")
+    hit = [group for group in before if any(name in patched for name in group)]
     if hit:
-        return Check(name, "fail", f"a patch of one of {_groups(hit)} changes the others too")
+        return Check(name, "fail", f"a patch of one changes the others too: {_groups(hit)}")
     return Check(name, "pass", f"the same in both files: {_groups(before)}")
 
 
-def _shared(content: bytes) -> list[tuple[str, ...]]:
+def _shared(network: Network) -> list[tuple[str, ...]]:
     """Groups of constants that lie in the same bytes."""
-    places: dict[Range, list[str]] = {}
-    for tensor, ranges in buffer_ranges(content).items():
-        places.setdefault((ranges.data.offset, ranges.data.nbytes), []).append(tensor)
-    return [tuple(sorted(group)) for group in places.values() if len(group) > 1]
+    places: dict[int, list[str]] = {}
+    for tensor in network.constants():
+        if tensor.data is not None and tensor.data.size:
+            places.setdefault(tensor.data.__array_interface__["data"][0], []).append(tensor.name)
+    return [tuple(group) for group in places.values() if len(group) > 1]
 
 
 def _groups(found: list[tuple[str, ...]]) -> str:

@@ -69,7 +69,7 @@ class Lowering:
         self.graph = graph
         self.operators: list[Operator] = []
         self._stored: dict[ir.Value, Stored] = {}
-        self._constants: dict[tuple[ir.Value, Layout, Layout], Tensor] = {}
+        self._constants: dict[ir.Value, dict[tuple[Layout, ...], Tensor]] = {}
         self._names = taken
 
     def dims(self, value: ir.Value | None) -> tuple[int, ...]:
@@ -108,7 +108,8 @@ class Lowering:
         batch = None if source.batch_axis is None else order.index(source.batch_axis)
         shape = tuple(source.shape[i] for i in order)
         permutation = self.ints(f"{source.name}_permutation", order)
-        return self.emit("TRANSPOSE", [source, permutation], shape, name=f"{source.name}_transposed", batch_axis=batch)
+        name = f"{source.name}_transposed"
+        return self.emit("TRANSPOSE", [source, permutation], shape, name=name, dtype=source.dtype, batch_axis=batch)
 
     def bind(self, value: ir.Value, tensor: Tensor, layout: Layout) -> None:
         """Record that ``tensor`` holds ``value``; the tensor takes the value's name if it was made for it.
@@ -174,30 +175,50 @@ class Lowering:
         """The error for a node that TFLite cannot do; raise it."""
         return ConversionError(f"{describe(node)} cannot be written to TFLite: {reason}")
 
-    def arranged(self, value: ir.Value, view: Sequence[int], permute: Sequence[int]) -> Tensor:
+    def arranged(
+        self,
+        value: ir.Value,
+        view: Sequence[int],
+        permute: Sequence[int],
+        *,
+        shape: Sequence[int] | None = None,
+        channel_axis: int = 0,
+    ) -> Tensor:
         """The tensor of an initializer reshaped to ``view``, then transposed by ``permute``; one for each arrangement.
 
-        The first keeps the initializer's name, others get one of their own. Raises ValueError if the value is computed.
+        ``shape`` may join axes of the result, or add axes of size 1. ``channel_axis`` of the initializer is that of
+        output channels. The first arrangement keeps the initializer's name, others get one of their own.
+
+        Raises ValueError if the value is computed.
         """
-        key = (value, tuple(view), tuple(permute))
-        if key not in self._constants:
-            content = array(value)
-            if content is None:
-                raise ValueError(f"{name_of(value)!r} is computed by the graph, expected an initializer")
-            known = any(other is value for other, _, _ in self._constants)
-            source = Source(
-                name_of(value),
-                content.shape,
-                view=None if key[1] == content.shape else key[1],
-                permute=None if key[2] == plain(len(key[2])) else key[2],
-            )
-            stored = np.ascontiguousarray(content.reshape(key[1]).transpose(key[2]))
-            tensor = self.constant(name_of(value), stored, source=source)
-            tensor.name = self.fresh(tensor.name) if known else tensor.name
-            self._constants[key] = tensor
-        return self._constants[key]
+        known = self._constants.setdefault(value, {})
+        key = (tuple(view), tuple(permute), tuple(shape or ()))
+        if key not in known:
+            known[key] = self._arrange(value, *key, channel_axis=channel_axis)
+            known[key].name = self.fresh(known[key].name) if len(known) > 1 else known[key].name
+        return known[key]
+
+    def _arrange(self, value: ir.Value, view: Layout, permute: Layout, shape: Layout, *, channel_axis: int) -> Tensor:
+        content = need_array(value)
+        source = Source(
+            name_of(value),
+            content.shape,
+            view=None if view == content.shape else view,
+            permute=None if permute == plain(len(permute)) else permute,
+            channel_axis=channel_axis,
+        )
+        stored = np.ascontiguousarray(content.reshape(view).transpose(permute))
+        return self.constant(name_of(value), stored.reshape(shape or stored.shape), source=source)
 
     def _constant_value(self, value: ir.Value, layout: Layout | None) -> Stored:
-        shape = np.asarray(array(value)).shape
+        shape = need_array(value).shape
         order = layout or plain(len(shape))
         return Stored(self.arranged(value, shape, order), order)
+
+
+def need_array(value: ir.Value | None) -> Array:
+    """The numbers of a constant. Raises ValueError if the value is computed."""
+    content = array(value)
+    if content is None:
+        raise ValueError(f"{name_of(value)!r} is computed by the graph, expected an initializer")
+    return np.asarray(content)

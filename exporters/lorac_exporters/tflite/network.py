@@ -34,7 +34,8 @@ class Source:
     """Which ONNX initializer a constant's numbers are, element for element.
 
     stored = initializer.reshape(view or its own shape).transpose(permute or as it is); only the order of the
-    numbers differs, so a new value of the initializer can be written into the same bytes.
+    numbers differs, so a new value of the initializer can be written into the same bytes. The tensor's own shape may
+    join neighbouring axes of that, or hold further axes of size 1.
     ``channel_axis`` is the axis of output channels in the initializer's own shape.
     """
 

@@ -7,27 +7,29 @@ weight and its bias change together, because their scales depend on both, so eac
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
-from lorac_exporters.tflite.network import Network, Operator, Tensor
+from lorac_exporters.tflite.network import Network, Operator, Quantization, Source, Tensor
 from lorac_exporters.tflite.quantize_rules import WEIGHTED
 from lorac_exporters.tflite.schema import Ranges, buffer_ranges
 from lorac_runtime.errors import ConversionError, listed
-from lorac_runtime.manifest import ByteRange, Patch, Quantized
+from lorac_runtime.manifest import Patch, Quantized
 
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """An int8 layer whose weight and bias are both initializers of the model."""
+    """An int8 layer. Its weight, and its bias if it has one, are initializers of the model."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     input_scale: float
 
-    def partner(self, tensor: Tensor) -> Tensor:
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def partner(self, tensor: Tensor) -> Tensor | None:
         return self.bias if tensor is self.weight else self.weight
 
 
@@ -38,7 +40,7 @@ def with_partners(network: Network, wanted: Mapping[str, Shape]) -> dict[str, Sh
     """
     found = dict(wanted)
     for layer in _int8_layers(network).values():
-        pair = [t.source for t in (layer.weight, layer.bias) if t.source is not None]
+        pair = [tensor.source for tensor in layer.tensors() if tensor.source is not None]
         if any(source.name in wanted for source in pair):
             found |= {source.name: source.shape for source in pair}
     return found
@@ -54,13 +56,11 @@ def patch_entries(
     Raises ConversionError naming every tensor that cannot be patched: its numbers were changed or left out when the
     file was made, it is stored more than once, it shares bytes with another, or is an int8 number without a layer.
     """
-    ranges = buffer_ranges(content)
-    shared, layers = _shared(network, ranges), _int8_layers(network)
-    stored = _by_source(network)
+    ranges, layers, stored = buffer_ranges(content, file_name), _int8_layers(network), _by_source(network)
     problems, patches = [], []
     for name, shape in wanted.items():
         tensors = stored.get(name, [])
-        problem = _problem(name, tensors, shape, shared, layers)
+        problem = _problem(name, tensors, shape, ranges, layers)
         if problem:
             problems.append(problem)
         else:
@@ -77,7 +77,7 @@ def unpatchable(network: Network, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _problem(
-    name: str, tensors: list[Tensor], shape: Shape, shared: Mapping[int, str], layers: Mapping[int, _Layer]
+    name: str, tensors: list[Tensor], shape: Shape, ranges: Mapping[str, Ranges], layers: Mapping[int, _Layer]
 ) -> str:
     """Why a tensor cannot be patched; empty if it can be."""
     if not tensors:
@@ -85,14 +85,23 @@ def _problem(
     if len(tensors) > 1:
         return f"{name} is stored {len(tensors)} times ({', '.join(t.name for t in tensors)})"
     (tensor,) = tensors
-    source = tensor.source
+    source, shared = tensor.source, ranges[tensor.name].shared_with
     if source is None or source.shape != tuple(shape):
         return f"{name} has shape {None if source is None else source.shape}, expected {tuple(shape)}"
-    if id(tensor) in shared:
-        return f"{name} shares its bytes with {shared[id(tensor)]}"
+    if shared:
+        return f"{name} shares its bytes with {', '.join(shared)}"
     if tensor.quantization is not None and id(tensor) not in layers:
         return f"{name} is stored as {tensor.dtype}, but is not weight or bias of a layer; its scale would not follow"
+    if tensor.quantization is not None and not _has_scales_in_order(tensor.quantization, source):
+        return f"{name} is stored as {tensor.dtype} with its channels in another order; export it as float32 or fp16"
     return ""
+
+
+def _has_scales_in_order(quantization: Quantization, source: Source) -> bool:
+    """Whether there is one scale, or one for each channel of the initializer, in the initializer's order."""
+    scales, axis = quantization.scale.size, source.channel_axis
+    view = source.shape if source.view is None else source.view
+    return scales == 1 or (scales == source.shape[axis] and axis < len(view) and view[axis] == scales)
 
 
 def _patch(tensor: Tensor, file_name: str, ranges: Mapping[str, Ranges], layer: _Layer | None) -> Patch:
@@ -114,13 +123,13 @@ def _patch(tensor: Tensor, file_name: str, ranges: Mapping[str, Ranges], layer: 
 
 
 def _quantized(tensor: Tensor, layer: _Layer, where: Ranges) -> Quantized:
-    partner = layer.partner(tensor).source
-    if where.scales is None or tensor.source is None or partner is None:
+    partner = layer.partner(tensor)
+    if where.scales is None or tensor.source is None:
         raise ValueError(f"{tensor.name} has no scales")
     return Quantized(
         axis=tensor.source.channel_axis,
         scales=where.scales,
-        partner=partner.name,
+        partner=None if partner is None or partner.source is None else partner.source.name,
         input_scale=layer.input_scale,
     )
 
@@ -131,18 +140,19 @@ def _int8_layers(network: Network) -> dict[int, _Layer]:
     for operator in network.operators:
         layer = _int8_layer(operator)
         if layer is not None:
-            found |= {id(layer.weight): layer, id(layer.bias): layer}
+            found |= {id(tensor): layer for tensor in layer.tensors()}
     return found
 
 
 def _int8_layer(operator: Operator) -> _Layer | None:
     place = WEIGHTED.get(operator.kind)
-    if place is None or len(operator.inputs) <= place.bias:
+    if place is None:
         return None
-    activation, weight, bias = (operator.inputs[i] for i in (place.data, place.weight, place.bias))
-    if activation is None or weight is None or bias is None or weight.source is None or bias.source is None:
+    activation, weight = operator.inputs[place.data], operator.inputs[place.weight]
+    bias = operator.inputs[place.bias] if place.bias < len(operator.inputs) else None
+    if activation is None or activation.quantization is None or weight is None or weight.quantization is None:
         return None
-    if activation.quantization is None or weight.quantization is None or bias.quantization is None:
+    if weight.source is None or (bias is not None and bias.source is None):
         return None
     return _Layer(weight, bias, float(activation.quantization.scale[0]))
 
@@ -153,23 +163,3 @@ def _by_source(network: Network) -> dict[str, list[Tensor]]:
         if tensor.source is not None:
             found.setdefault(tensor.source.name, []).append(tensor)
     return found
-
-
-def _shared(network: Network, ranges: Mapping[str, Ranges]) -> dict[int, str]:
-    """By the identity of a constant: the name of another one that lies in the same bytes."""
-    found: dict[int, str] = {}
-    for one, other in _overlapping(network.constants(), ranges):
-        found[id(one)], found[id(other)] = other.name, one.name
-    return found
-
-
-def _overlapping(constants: list[Tensor], ranges: Mapping[str, Ranges]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each constant that begins before one further ahead in the file has ended, with that one."""
-    where = [(ranges[t.name].data, t) for t in constants if math.prod(t.shape)]
-    where.sort(key=lambda pair: pair[0].offset)
-    end, last = 0, None
-    for data, tensor in where:
-        if last is not None and data.offset < end:
-            yield last, tensor
-        if data.offset + data.nbytes > end:
-            end, last = data.offset + data.nbytes, tensor

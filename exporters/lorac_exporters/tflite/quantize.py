@@ -75,7 +75,7 @@ class _Rewriting:
         self.operators.append(operator)
 
     def _int8_input(self, operator: Operator, tensor: Tensor | None, scale: Quantization) -> Tensor | None:
-        if tensor is None or tensor.dtype != "float32":
+        if tensor is None or (tensor.dtype != "float32" and tensor not in self.stored):
             return tensor
         if tensor.data is not None:
             own = scale if operator.kind in SAME_SCALE else parameters(*_limits(tensor.data))

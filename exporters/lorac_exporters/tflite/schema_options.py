@@ -62,6 +62,9 @@ _FIELDS = {
     "UnpackOptions": "num:int axis:int",
 }
 
+_NOT_ZERO: dict[str, Option] = {"dilation_w_factor": 1, "dilation_h_factor": 1, "pot_scale_int16": True}
+_IDLE: dict[str, Option] = {"int": 0, "bool": False, "float": 0.0, "ints": ()}
+
 # Operators that share a table, or whose table is not simply called after them.
 _TABLES = {
     "AVERAGE_POOL_2D": "Pool2DOptions",
@@ -82,9 +85,9 @@ _TABLES = {
 }
 _CALLED_AFTER = (
     "ABS ADD ADD_N ARG_MAX ARG_MIN BROADCAST_TO CAST CONCATENATION CONV_2D COS CUMSUM DEPTHWISE_CONV_2D"
-    " DEPTH_TO_SPACE DEQUANTIZE DIV EQUAL EXP EXPAND_DIMS FILL FLOOR_DIV FLOOR_MOD FULLY_CONNECTED GATHER GATHER_ND GELU"
-    " GREATER GREATER_EQUAL HARD_SWISH LEAKY_RELU LESS LESS_EQUAL LOCAL_RESPONSE_NORMALIZATION LOGICAL_AND LOGICAL_NOT"
-    " LOGICAL_OR LOG_SOFTMAX MIRROR_PAD MUL NEG NOT_EQUAL ONE_HOT PACK PAD POW QUANTIZE RANGE RANK RESHAPE"
+    " DEPTH_TO_SPACE DEQUANTIZE DIV EQUAL EXP EXPAND_DIMS FILL FLOOR_DIV FLOOR_MOD FULLY_CONNECTED GATHER GATHER_ND"
+    " GELU GREATER GREATER_EQUAL HARD_SWISH LEAKY_RELU LESS LESS_EQUAL LOCAL_RESPONSE_NORMALIZATION LOGICAL_AND"
+    " LOGICAL_NOT LOGICAL_OR LOG_SOFTMAX MIRROR_PAD MUL NEG NOT_EQUAL ONE_HOT PACK PAD POW QUANTIZE RANGE RANK RESHAPE"
     " RESIZE_BILINEAR RESIZE_NEAREST_NEIGHBOR REVERSE_V2 SELECT SELECT_V2 SHAPE SIGN SLICE SOFTMAX"
     " SPACE_TO_DEPTH SPLIT SPLIT_V SQUARE SQUARED_DIFFERENCE SQUEEZE STRIDED_SLICE SUB TILE TRANSPOSE TRANSPOSE_CONV"
     " UNPACK WHERE ZEROS_LIKE"
@@ -107,6 +110,15 @@ class Field:
 
     name: str
     kind: str
+
+    @property
+    def idle(self) -> Option:
+        """The value of a field that is absent from a file."""
+        if self.kind[0].isupper():
+            return enum_name(self.kind, 0)
+        if self.name in _NOT_ZERO:
+            return _NOT_ZERO[self.name]
+        return _IDLE[self.kind]
 
     def stored(self, value: Option) -> Any:
         """``value`` as the file holds it. Raises ValueError if it is of another type or no name of the enumeration."""

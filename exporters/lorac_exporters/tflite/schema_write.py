@@ -153,10 +153,10 @@ class _Writer:
         self.builder.StartVector(1, numbers.nbytes, ALIGNMENT)
         head = self.builder.Head() - numbers.nbytes
         self.builder.head = head
-        memoryview(self.builder.Bytes)[head : head + numbers.nbytes] = numbers.reshape(-1).view(np.uint8)
+        memoryview(self.builder.Bytes)[head : head + numbers.nbytes] = numbers.reshape(-1).view(np.uint8).data
         return self.table("Buffer", data=self.builder.EndVector())
 
-    def table(self, name: str, **fields: Any) -> int:
+    def table(self, name: str, /, **fields: Any) -> int:
         """One table of the schema; fields that are None are left out."""
         getattr(tflite, f"{name}Start")(self.builder)
         for field, value in fields.items():
@@ -203,6 +203,7 @@ def _check(network: Network) -> None:
         _check_tensor(tensor)
     known = {*network.inputs, *network.constants()}
     for operator in network.operators:
+        options_table(operator.kind).stored(operator.options)
         late = [tensor.name for tensor in operator.inputs if tensor is not None and tensor not in known]
         if late:
             raise ValueError(f"{operator.kind} reads {', '.join(late)} before any operator has made it")

@@ -7,12 +7,17 @@ readers of TFLite metadata take them as they are.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
+from typing import Any
 
 from lorac_runtime.errors import ArtifactError
 
 _TIME = (1980, 1, 1, 0, 0, 0)  # the zip format's own zero; the same bytes each time
+# What reading a damaged archive can raise, encrypted and unknown methods included.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError, struct.error, LookupError)
 _MOST_FILES = 1000
 _MOST_BYTES = 1 << 26  # what apps append are labels and vocabularies
 
@@ -42,7 +47,7 @@ def appended(content: memoryview) -> dict[str, bytes]:
             if len(entries) > _MOST_FILES or sum(entry.file_size for entry in entries) > _MOST_BYTES:
                 raise ArtifactError("the files appended to it are larger than 64 MB, or more than 1000")
             return {entry.filename: source.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as err:
+    except _DAMAGE as err:
         raise ArtifactError(f"the files appended to it cannot be read: {err}") from err
 
 
@@ -81,5 +86,8 @@ class _View(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def readinto(self, target: Buffer, /) -> int:
-        return 0
+    def readinto(self, target: Any, /) -> int:
+        piece = self._content[self._at : self._at + len(target)]
+        target[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)

@@ -1,0 +1,80 @@
+"""What the checks of a fused file are measured against: the artifact's own files, and its unfused training graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorac_runtime import manifest as mf
+from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
+from lorac_runtime.engines import open_engine
+from lorac_runtime.errors import ArtifactError
+from lorac_runtime.patch import batchnorm_tensors
+
+UNFUSED_CHECK = "fused against the unfused training graph"
+SAMPLES = 8
+
+
+def is_entry(path: Path, entry: mf.FileEntry) -> bool:
+    """Whether a file is the one that a manifest lists. Raises ArtifactError if it is missing."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} not found")
+    return path.stat().st_size == entry.nbytes and mf.sha256(path) == entry.sha256
+
+
+def patches_of(manifest: mf.Manifest, file: str) -> list[mf.Patch]:
+    """The patch table of one of the artifact's base files."""
+    return [patch for patch in manifest.patches if patch.file == file]
+
+
+def no_adapter(path: Path) -> str:
+    """What to say where the adapter is missing."""
+    return f"{path.name} not found beside the fused file; name it with --adapter"
+
+
+def adapted_state(folder: Path, manifest: mf.Manifest, adapter: Path) -> Mapping[str, npt.NDArray[Any]]:
+    """The tensors of an adapter file as the artifact wants them.
+
+    Raises AdapterError if it cannot be read or does not fit the artifact.
+    """
+    return to_manifest_coordinates(manifest, batchnorm_tensors(folder, manifest), load_adapter(adapter))
+
+
+def unfused_logits(
+    folder: Path, manifest: mf.Manifest, state: Mapping[str, npt.NDArray[Any]], images: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """What the artifact's evaluation graph answers with the adapter beside the weights: (n, classes).
+
+    ``state`` is `adapted_state`, ``images`` are in the form that the model takes: (n, C, H, W) float32, or (n, H, W, C)
+    uint8. Raises EngineError if no engine is installed.
+    """
+    engine = open_engine(folder, manifest, threads=None)
+    engine.load_state(state)
+    _, logits = engine.eval_step(images, np.zeros(len(images), np.int64))
+    return logits
+
+
+def random_inputs(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[Any]:
+    """Random inputs in the form the model takes: (count, C, H, W) float32, or (count, H, W, C) uint8."""
+    if spec.in_graph:
+        return random_images(spec, count, seed=seed)
+    return np.random.default_rng(seed).standard_normal((count, *spec.shape), dtype=np.float32)
+
+
+def random_images(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[np.uint8]:
+    """Raw random images, (count, H, W, C)."""
+    channels, height, width = spec.shape
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def run_onnx(path: Path, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The only output of an ONNX classifier, (N, classes)."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
+    return np.asarray(logits)

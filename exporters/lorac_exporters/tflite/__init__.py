@@ -1,0 +1,8 @@
+"""TFLite files written directly from canonical ONNX graphs, without TensorFlow: see docs/tflite.md."""
+
+from __future__ import annotations
+
+from lorac_exporters.tflite.config import TfliteConfig
+from lorac_exporters.tflite.export import TfliteReport, export, ranges_of
+
+__all__ = ["TfliteConfig", "TfliteReport", "export", "ranges_of"]

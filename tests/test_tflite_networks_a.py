@@ -1,0 +1,12 @@
+"""TFLite files of known networks against PyTorch on both runtimes; see `tflite_networks.check`. Half of them."""
+
+from __future__ import annotations
+
+import pytest
+from tflite_networks import NETWORKS, check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(NETWORKS)[::2])
+def test_a_tflite_file_computes_what_pytorch_does_with_the_operators_expected(name: str) -> None:
+    check(name)
