@@ -23,7 +23,7 @@ from lorac_deploy.models import ModelSpec, build
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.canonical import Canonical, canonicalize
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.tflite.export import TfliteConfig, export
+from lorac_exporters.tflite import TfliteConfig, export
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.adapter import load_adapter
 from lorac_runtime.manifest import ADAPTER, BASE_TFLITE, InputSpec

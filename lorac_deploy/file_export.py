@@ -100,7 +100,7 @@ def export_file(
         else:
             part.write_bytes(network.read_bytes())
         on_progress("comparing the answers")
-        rows = () if tests is None else tuple(_accuracies(network, part if report else None, tests, manifest))
+        rows = () if tests is None else tuple(_accuracies(network, part, tests, manifest, report))
         nbytes = part.stat().st_size
     count = 0 if tests is None else len(tests)
     return FileReport(out, nbytes, report, rows, count, time.perf_counter() - started)
@@ -170,15 +170,16 @@ def _calibration(
     return tflite.ranges_of(artifact / mf.BASE_TFLITE)
 
 
-def _accuracies(onnx: Path, tflite_file: Path | None, tests: LocalData, manifest: Manifest) -> Iterator[Accuracy]:
-    """The float32 ONNX file, then the TFLite file if there is one."""
+def _accuracies(
+    onnx: Path, written: Path, tests: LocalData, manifest: Manifest, report: tflite.TfliteReport | None
+) -> Iterator[Accuracy]:
+    """The float32 ONNX file, then the TFLite file if that was written."""
     expected = np.concatenate([run_onnx(onnx, preprocess(images, manifest.input)) for images in _batches(tests)])
     yield _accuracy("float32 ONNX", expected, expected, tests)
-    if tflite_file is not None:
-        content = from_bytes(tflite_file.read_bytes(), str(tflite_file))
-        answers = TfliteAnswers(tflite_file, content, manifest.input)
+    if report is not None:
+        answers = TfliteAnswers(written, from_bytes(written.read_bytes(), str(written)), manifest.input)
         found = np.concatenate([next(iter(answers(images).values())) for images in _batches(tests)])
-        yield _accuracy("TFLite", found, expected, tests)
+        yield _accuracy(f"{report.weights} TFLite", found, expected, tests)
 
 
 def _accuracy(name: str, logits: Floats, expected: Floats, tests: LocalData) -> Accuracy:

@@ -18,6 +18,7 @@ from random_graph import Graph, Value
 from random_layers import convolution, linear, pointwise
 
 Layer = Callable[[Graph, Value], Value | None]  # None: not possible for this value
+FOREIGN = "something that TFLite lacks"
 LARGEST = 2500  # numbers in a feature map
 
 
@@ -123,6 +124,22 @@ def arithmetic(g: Graph, x: Value) -> Value:
     return g.add(op, [positive], x.shape)
 
 
+def foreign(g: Graph, x: Value) -> Value | None:
+    """Now and then something that TFLite lacks: such a network must be refused."""
+    if g.chance(0.7) or max(x.shape[1:]) > 12 or min(x.shape[1:]) < 3:
+        return None
+    g.note(FOREIGN)
+    c, h, w = x.shape
+    op = g.choice(["Erf", "LRN", "MaxPool", "Pad", "Resize"])
+    if op == "MaxPool":
+        return g.add(op, [x], (c, h - 2, w - 2), kernel_shape=[2, 2], dilations=[2, 2])
+    if op == "Pad":
+        return g.add(op, [x, g.constant([0, 0, 1, 0, 0, 0, 0, 1])], (c, h + 1, w + 1), mode="edge")
+    if op == "Resize":
+        return g.add(op, [x, "", g.floats([1, 1, 2, 2])], (c, 2 * h, 2 * w), mode="cubic")
+    return g.add("LRN", [x], x.shape, size=3) if op == "LRN" else g.add(op, [x], x.shape)
+
+
 def pooled_gemm(g: Graph, x: Value) -> Value:
     flat = g.add("Flatten", [g.add("GlobalAveragePool", [x], (x.channels, 1, 1))], (x.channels,))
     return gemm(g, flat)
@@ -209,6 +226,7 @@ LAYERS: list[Layer] = [
     layers.affine,
     *[layers.transposed_conv] * 2,
     layers.layer_norm,
+    foreign,
     two_users,
     squeeze_excite,
     shaping.depth_to_space,

@@ -103,7 +103,11 @@ def test_every_pair_of_formats_agrees_base_and_fused(
         assert output["agreement"] == 1
     assert found["images"] == 40
     assert found["data"] == str(folders.data)
-    assert "all 6 pairs agree" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert "all 6 pairs agree" in lines
+    assert max(map(len, lines)) <= 80
+    (row,) = [line for line in lines if line.startswith(PAIRS[1].format("fused"))]
+    assert row.split()[-4:] == ["100.00%", "0.0001,", "99.9%", "pass"]
 
 
 def test_the_certificate_names_every_file_by_its_hash_and_the_versions(folders: Folders, tmp_path: Path) -> None:

@@ -13,16 +13,18 @@ import artifacts
 import numpy as np
 import onnxruntime
 import pytest
+import tflite_pairs
 from PIL import Image
 from rich.console import Console
 
 from lorac_deploy.corruptions import corrupt
-from lorac_deploy.demo import device
+from lorac_deploy.demo import device, evaluate, lite
 from lorac_deploy.demo.__main__ import main
 from lorac_deploy.demo.device import Device
 from lorac_deploy.demo.loop import prepare
 from lorac_deploy.demo.parts import PartsConfig, stratified_order, write_parts
-from lorac_deploy.demo.results import EngineRow, Results, broken_promises, plot, table
+from lorac_deploy.demo.results import EngineRow, LiteRow, Results, broken_promises, plot, table
+from lorac_exporters.tflite import running
 from lorac_runtime.errors import EngineError, OutputError
 
 PLAIN = EngineRow(
@@ -36,9 +38,11 @@ PLAIN = EngineRow(
     device_environment_bytes=140 * 2**20,
     finetune_seconds=30.0,
     versions={"onnxruntime": "1.31.1"},
+    tflite=LiteRow(True, 44_000_000, adapted_clean=0.598, adapted_drifted=0.952),
 )
 TRAINING = dataclasses.replace(
     PLAIN,
+    tflite=None,
     engine="onnxruntime-training",
     adapted_clean=0.61,
     adapted_drifted=0.94,
@@ -149,7 +153,7 @@ def test_a_run_that_keeps_its_promises_breaks_none() -> None:
         {"base_clean": 0.969},
         {"base_drifted": 0.75},
         {"trained_parameters": 30_000},
-        {"adapted_drifted": 0.919},
+        {"adapted_drifted": 0.919, "tflite": None},
         {"drop_in": False},
         {"engine": 1, "adapted_drifted": 0.919},
         {"engine": 1, "drop_in": False},
@@ -161,11 +165,44 @@ def test_each_broken_promise_is_told(changes: dict[str, float]) -> None:
     assert ("onnxruntime-training" in told) == ("engine" in changes)
 
 
+@pytest.mark.parametrize(
+    ("lite", "text"),
+    [
+        (LiteRow(False, 1, 0.6, 0.95), "fused.tflite is a drop-in for base.tflite"),
+        (LiteRow(True, 1, 0.6, 0.94), "fused.tflite as accurate as fused.onnx (95.0%), got 94.0%"),
+    ],
+)
+def test_a_fused_tflite_that_is_no_drop_in_or_answers_otherwise_is_told(lite: LiteRow, text: str) -> None:
+    (told,) = broken_promises(worse(tflite=lite))  # type: ignore[arg-type]
+    assert text in told
+
+
+def test_without_an_interpreter_the_fused_tflite_is_verified_and_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert broken_promises(worse(tflite=LiteRow(True, 1, None, None))) == []  # type: ignore[arg-type]
+    console = Console(file=StringIO(), width=80)
+    console.print(table(worse(tflite=LiteRow(True, 1, None, None))))  # type: ignore[arg-type]
+    assert "no runtime" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_accuracy_of_a_tflite_file_is_that_of_its_onnx_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tflite_pairs.artifact(tmp_path / "artifact", "float32")
+    images = np.random.default_rng(0).integers(0, 256, (70, 10, 10, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(70) % 4)
+    arguments = (made / "base.tflite", made, tmp_path / "data.npz")
+    expected = evaluate.accuracy(made / "base.onnx", *arguments[1:])
+    assert 0 < expected < 1
+    assert lite.accuracy(*arguments) == expected
+    monkeypatch.setattr(running, "_RUNTIMES", ("no_such_runtime",))
+    assert lite.accuracy(*arguments) is None
+
+
 def test_the_summary_holds_the_figures_as_fractions_and_each_engines_row() -> None:
     summary = json.loads(GOOD.to_json())
     wanted = {"base_clean", "base_drifted", "adapted_clean", "adapted_drifted", "drop_in", "losses", "step_seconds"}
     wanted |= {"trained_parameters", "model_parameters", "engine", "seconds", "images", "drift"}
-    wanted |= {"peak_memory_bytes", "device_environment_bytes"}
+    wanted |= {"peak_memory_bytes", "device_environment_bytes", "tflite"}
     assert wanted <= set(summary)
     assert summary["engine"] == "onnxruntime"
     assert summary["adapted_drifted"] == 0.95
@@ -182,6 +219,7 @@ def test_the_table_shows_before_and_after_with_each_engine_in_80_columns() -> No
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.split()[1:]}
     assert rows["base"] == ["20.0%", "98.0%"]
     assert " ".join(rows["onnxruntime"]) == "95.0% 60.0% 250 ms 300 MiB 140 MiB 30 s yes"
+    assert rows["fused.tflite"] == ["95.2%", "59.8%", "yes"]
     assert " ".join(rows["onnxruntime-training"]) == "94.0% 61.0% 500 ms unknown 120 MiB 30 s yes"
     assert "2.90%" in console.file.getvalue()  # type: ignore[attr-defined]
 

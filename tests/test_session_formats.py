@@ -34,7 +34,7 @@ def to(*formats: str, **changes: object) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats") / "artifact"
-    export(folder, engines=("onnxruntime",))
+    export(folder)
     return folder
 
 
@@ -117,7 +117,7 @@ def test_another_adapter_in_a_finished_folder_is_not_fused(artifact: Path, data:
     out = tmp_path / "out"
     finetune(artifact, data, out, to("onnx"))
     other = tmp_path / "other"
-    export(other, network(width=12), engines=("onnxruntime",))
+    export(other, network(width=12))
     (out / "adapter.safetensors").write_bytes((other / "adapter.safetensors").read_bytes())
     with pytest.raises(AdapterError, match=r"is not the adapter of this run; restart \(--restart\)"):
         finetune(artifact, data, out, to(*BOTH))
@@ -164,7 +164,7 @@ def test_a_stopped_run_may_end_with_another_format(artifact: Path, data: Path, f
 
 
 def test_an_artifact_without_base_tflite_refuses_before_anything_is_written(data: Path, tmp_path: Path) -> None:
-    export(tmp_path / "artifact", tflite="none", engines=("onnxruntime",))
+    export(tmp_path / "artifact", tflite="none")
     with pytest.raises(ArtifactError, match=r"has no base.tflite to fuse into, it has base.onnx; export"):
         finetune(tmp_path / "artifact", data, tmp_path / "out", to(*BOTH), on_progress=stop_at(1))
     assert not (tmp_path / "out").exists()

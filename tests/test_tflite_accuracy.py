@@ -91,7 +91,7 @@ def test_fp16_has_the_accuracy_of_float32_at_half_the_size(runtime: str) -> None
     assert len(files()["fp16"]) < 0.53 * len(files()["float32"])
 
 
-@pytest.mark.parametrize("runtime", (*RUNTIMES, *PLAIN_KERNELS))
+@pytest.mark.parametrize("runtime", [*RUNTIMES, *PLAIN_KERNELS])
 def test_int8_is_within_one_point_of_float32_at_a_third_of_the_size(runtime: str) -> None:
     found = logits("int8", runtime)
     assert accuracy(found) >= accuracy(torch_logits()) - POINT
@@ -100,6 +100,6 @@ def test_int8_is_within_one_point_of_float32_at_a_third_of_the_size(runtime: str
 
 
 def test_both_runtimes_give_the_same_int8_answers_but_for_rounding() -> None:
-    first, *others = (logits("int8", runtime) for runtime in (*RUNTIMES, *PLAIN_KERNELS))
+    first, *others = (logits("int8", runtime) for runtime in [*RUNTIMES, *PLAIN_KERNELS])
     for other in others:
         assert np.mean(other.argmax(1) == first.argmax(1)) > 0.98

@@ -168,6 +168,13 @@ def test_a_chain_of_sequence_convolutions_is_reshaped_once() -> None:
     assert kinds(network) == expected
 
 
+@pytest.mark.parametrize("shape", [(4, 12), (1, 4, 1), (4, 1), ()])
+def test_constants_of_any_shape_fit_a_sequence_as_an_image(shape: tuple[int, ...]) -> None:
+    body = "c = Conv <pads = [1, 1]> (x, w, b) m = Mul (c, g) y = Conv (m, w, b)"
+    inputs = tensors(4, 4, (12,), (3,)) | {"g": normal(*shape, seed=3)}
+    assert kinds(check(body, inputs)) == ["RESHAPE", "CONV_2D", "MUL", "CONV_2D", "RESHAPE"]
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [

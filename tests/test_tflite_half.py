@@ -26,7 +26,7 @@ def rounded(network: Network) -> Network:
     return network
 
 
-@pytest.mark.parametrize("runtime", (*RUNTIMES, *PLAIN_KERNELS))
+@pytest.mark.parametrize("runtime", [*RUNTIMES, *PLAIN_KERNELS])
 @pytest.mark.parametrize("case", LAYERS)
 def test_answers_are_those_of_rounded_weights_in_float32(case: str, runtime: str) -> None:
     network, x = CASES[case](), images(shape=CASES[case]().inputs[0].shape[1:])

@@ -31,7 +31,7 @@ def stored(real: np.ndarray, tensor: Tensor) -> np.ndarray:
     return np.rint(numbers).astype(tensor.dtype)
 
 
-@pytest.mark.parametrize("runtime", (*RUNTIMES, *PLAIN_KERNELS))
+@pytest.mark.parametrize("runtime", [*RUNTIMES, *PLAIN_KERNELS])
 @pytest.mark.parametrize("output_dtype", IO_DTYPES)
 @pytest.mark.parametrize("input_dtype", IO_DTYPES)
 def test_every_dtype_gives_the_answers_of_float32(input_dtype: IoDtype, output_dtype: IoDtype, runtime: str) -> None:

@@ -134,6 +134,12 @@ def test_products_of_two_computed_matrices_are_onnxs(name: str) -> None:
     assert "BATCH_MATMUL" in kinds(network)
 
 
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_gemm_of_two_computed_matrices_is_their_product(transposed: int) -> None:
+    body = f"v = Sigmoid (w) {node('Gemm', 'x, v', transB=transposed)}"
+    assert "BATCH_MATMUL" in kinds(check(body, {"x": normal(1, 4), "w": normal(4, 4, seed=1)}))
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [

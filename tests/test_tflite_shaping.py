@@ -52,6 +52,12 @@ def test_joined_axes_that_do_not_lie_together_are_transposed_first() -> None:
     assert kinds(network) == ["TRANSPOSE", "RESHAPE"]
 
 
+def test_joined_axes_that_lie_together_but_in_another_order_are_transposed_first() -> None:
+    """Stored as height, width, channels; joined as height, channels, width."""
+    body = "t = Transpose <perm = [0, 2, 1, 3]> (x) y = Reshape (t, flat)"
+    assert kinds(check(body, X | ints(flat=[-1, 120]))) == ["TRANSPOSE", "RESHAPE"]
+
+
 def test_axes_of_size_one_come_and_go_by_a_reshape() -> None:
     body = "m = ReduceMean (x, axes) s = Squeeze (m, axes) e = Exp (s) u = Unsqueeze (e, axes) y = Mul (u, x)"
     network = check(body, X | ints(axes=[2, 3]))

@@ -106,7 +106,7 @@ NETWORKS = {
     "mobilenet_v3_large": Tried(torchvision("mobilenet_v3_large"), 64, 133),
     "efficientnet_b0": Tried(torchvision("efficientnet_b0"), 64, 243),
     "densenet121": Tried(torchvision("densenet121"), 64, 310),
-    "googlenet": Tried(torchvision("googlenet", aux_logits=False, init_weights=False), 64, 82),
+    "googlenet": Tried(torchvision("googlenet", aux_logits=False, init_weights=False), 80, 82),
     "squeezenet1_1": Tried(torchvision("squeezenet1_1"), 64, 38),
     "shufflenet_v2_x1_0": Tried(torchvision("shufflenet_v2_x1_0"), 64, 144, transposes=16),
     "regnet_x_400mf": Tried(torchvision("regnet_x_400mf"), 64, 100),

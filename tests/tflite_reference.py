@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lorac_exporters.tflite.network import Network, Operator, Quantization, Tensor
 
@@ -118,11 +118,11 @@ def _convolution(operator: Operator, inputs: list[Array | None]) -> list[Array]:
         kernel, groups = torch.from_numpy(weight.transpose(3, 0, 1, 2).copy()), x.shape[-1]
     else:
         kernel, groups = torch.from_numpy(weight.transpose(0, 3, 1, 2).copy()), x.shape[-1] // weight.shape[-1]
-    padded = F.pad(_torch(x), _pads(operator, x.shape[1:3], kernel.shape[2:]))
+    padded = functional.pad(_torch(x), _pads(operator, x.shape[1:3], kernel.shape[2:]))
     stride = (_int(operator, "stride_h"), _int(operator, "stride_w"))
     dilation = (_int(operator, "dilation_h_factor"), _int(operator, "dilation_w_factor"))
     shift = None if bias is None else torch.from_numpy(np.asarray(bias, np.float64))
-    return [_numpy(F.conv2d(padded, kernel, shift, stride, 0, dilation, groups))]
+    return [_numpy(functional.conv2d(padded, kernel, shift, stride, 0, dilation, groups))]
 
 
 def _linear(operator: Operator, inputs: list[Array | None]) -> list[Array]:
@@ -140,9 +140,9 @@ def _pool(operator: Operator, inputs: list[Array | None]) -> list[Array]:
     stride = (_int(operator, "stride_h"), _int(operator, "stride_w"))
     pads = _pads(operator, x.shape[1:3], kernel)
     if operator.kind == "MAX_POOL_2D":
-        return [_numpy(F.max_pool2d(F.pad(_torch(x), pads, value=-np.inf), kernel, stride))]
-    total = F.avg_pool2d(F.pad(_torch(x), pads), kernel, stride, divisor_override=1)
-    count = F.avg_pool2d(F.pad(torch.ones_like(_torch(x)), pads), kernel, stride, divisor_override=1)
+        return [_numpy(functional.max_pool2d(functional.pad(_torch(x), pads, value=-np.inf), kernel, stride))]
+    total = functional.avg_pool2d(functional.pad(_torch(x), pads), kernel, stride, divisor_override=1)
+    count = functional.avg_pool2d(functional.pad(torch.ones_like(_torch(x)), pads), kernel, stride, divisor_override=1)
     return [_numpy(total / count)]
 
 
@@ -151,10 +151,10 @@ def _resize(operator: Operator, inputs: list[Array | None]) -> list[Array]:
     assert x is not None
     sizes = operator.outputs[0].shape[1:3]
     if operator.kind == "RESIZE_NEAREST_NEIGHBOR":
-        return [_numpy(F.interpolate(_torch(x), sizes, mode="nearest"))]
+        return [_numpy(functional.interpolate(_torch(x), sizes, mode="nearest"))]
     corners = bool(operator.options.get("align_corners"))
     assert corners or operator.options.get("half_pixel_centers"), "the asymmetric form has no torch counterpart"
-    return [_numpy(F.interpolate(_torch(x), sizes, mode="bilinear", align_corners=corners))]
+    return [_numpy(functional.interpolate(_torch(x), sizes, mode="bilinear", align_corners=corners))]
 
 
 def _depth_to_space(operator: Operator, inputs: list[Array | None]) -> list[Array]:
@@ -258,9 +258,9 @@ KINDS: dict[str, Callable[[Operator, list[Array | None]], list[Array]]] = {
     "RELU6": _elementwise(ACTIVATIONS["RELU6"]),
     "RELU_N1_TO_1": _elementwise(ACTIVATIONS["RELU_N1_TO_1"]),
     "LEAKY_RELU": lambda op, inputs: [np.where(inputs[0] < 0, inputs[0] * op.options["alpha"], inputs[0])],
-    "ELU": _by_torch(F.elu),
-    "GELU": lambda op, inputs: [F.gelu(torch.from_numpy(inputs[0])).numpy()],
-    "HARD_SWISH": _by_torch(F.hardswish),
+    "ELU": _by_torch(functional.elu),
+    "GELU": lambda op, inputs: [functional.gelu(torch.from_numpy(inputs[0])).numpy()],
+    "HARD_SWISH": _by_torch(functional.hardswish),
     "LOGISTIC": _by_torch(torch.sigmoid),
     "TANH": _by_torch(torch.tanh),
     "EXP": _by_torch(torch.exp),
@@ -269,7 +269,7 @@ KINDS: dict[str, Callable[[Operator, list[Array | None]], list[Array]]] = {
     "RSQRT": _by_torch(torch.rsqrt),
     "SOFTMAX": _by_torch(lambda x: torch.softmax(x, -1)),
     "LOG_SOFTMAX": _by_torch(lambda x: torch.log_softmax(x, -1)),
-    "L2_NORMALIZATION": _by_torch(lambda x: F.normalize(x, dim=-1, eps=1e-6)),
+    "L2_NORMALIZATION": _by_torch(lambda x: functional.normalize(x, dim=-1, eps=1e-6)),
     "CONCATENATION": lambda op, inputs: [np.concatenate(inputs, axis=_int(op, "axis"))],
     "SPLIT": _split,
     "SPLIT_V": _split,

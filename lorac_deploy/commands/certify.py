@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they import PyTorch
 
 COLOURS = {"pass": "green", "inaccurate": "bold yellow", "fail": "bold red"}
 COUNT = 256
+STYLE: dict[str, Any] = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "padding": 0}  # fits into 80 columns
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,7 +143,7 @@ def _show(found: Certified, note: str) -> None:
     console = Console()
     certificate = found.certificate
     title = f"the same answers? {certificate.images} images"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits into 80 columns
+    table = Table(title=title, **STYLE)
     for heading in ("pair", "max abs", "max rel", "same class", "allowed", "verdict"):
         table.add_column(heading, no_wrap=heading != "verdict")
     for pair in certificate.pairs:
@@ -161,14 +162,14 @@ def _cells(report: PairReport, output: OutputReport) -> tuple[str, ...]:
     pair, verdict = report.pair, output.verdict(report.pair.tolerance)
     name = f"{pair.reference} - {pair.candidate}" + (f", {output.output}" if len(report.outputs) > 1 else "")
     coloured = f"[{COLOURS[verdict]}]{verdict}[/]"
-    allowed = f"{pair.tolerance.relative:.0e}, {pair.tolerance.agreement:.1%}"
+    allowed = f"{pair.tolerance.relative:g}, {pair.tolerance.agreement:.1%}"
     if output.max_abs is None or output.max_rel is None or output.agreement is None:
         return name, "", "", "", allowed, f"{coloured}: {output.problem}"
     return name, f"{output.max_abs:.1e}", f"{output.max_rel:.1e}", f"{output.agreement:.2%}", allowed, coloured
 
 
 def _accuracies(accuracies: dict[str, dict[str, float]]) -> Table:
-    table = Table("network", "output", "accuracy", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table("network", "output", "accuracy", **STYLE)
     for model, outputs in accuracies.items():
         for output, share in outputs.items():
             table.add_row(model, output, f"{share:.2%}")

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     console = Console()
     devices = (
-        Device("onnxruntime", args.device_python, "adapted"),
+        Device("onnxruntime", args.device_python, "adapted", "onnx,tflite"),
         Device("onnxruntime-training", args.training_python, "adapted_training"),
     )
     prepare(args.out, devices)

@@ -18,11 +18,12 @@ INSTALLERS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """An engine, the Python that has it, and the folder below the demo's that its results go to."""
+    """An engine, the Python that has it, the folder below the demo's that its results go to, and formats to fuse."""
 
     engine: str
     python: Path
     folder: str
+    formats: str = "onnx"
 
 
 def require_no_torch(python: Path) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lorac_deploy.demo import device
+from lorac_deploy.demo import device, lite
 from lorac_deploy.demo.device import Device
 from lorac_deploy.demo.parts import PartsConfig, write_parts
-from lorac_deploy.demo.results import EngineRow, Results
+from lorac_deploy.demo.results import EngineRow, LiteRow, Results
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import LoracDeployError, OutputError
 
@@ -83,6 +83,7 @@ def _adapted(out: Path, given: Device, console: Console) -> EngineRow:
     seconds = time.perf_counter() - started
     console.rule("[bold]verify: is it a drop-in?", align="left")
     drop_in = _verify(base, folder / "fused.onnx", console)
+    tflite = _lite(out, folder, console) if "tflite" in given.formats else None
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     accuracies = _accuracies(given, folder / "fused.onnx", out)
     return EngineRow(
@@ -96,12 +97,22 @@ def _adapted(out: Path, given: Device, console: Console) -> EngineRow:
         device_environment_bytes=device.installed_bytes(given.python),
         finetune_seconds=seconds,
         versions=report["versions"],
+        tflite=tflite,
     )
+
+
+def _lite(out: Path, folder: Path, console: Console) -> LiteRow:
+    """Verify fused.tflite, and evaluate it in this process: a device needs its interpreter, not this package."""
+    fused = folder / "fused.tflite"
+    drop_in = _verify(out / "artifact" / mf.BASE_TFLITE, fused, console)
+    console.print("accuracy of fused.tflite", style="dim")
+    found = {c: lite.accuracy(fused, out / "artifact", out / "data" / f"test_{c}.npz") for c in CONDITIONS}
+    return LiteRow(drop_in, fused.stat().st_size, adapted_clean=found["clean"], adapted_drifted=found["drifted"])
 
 
 def _finetune(out: Path, given: Device) -> list[str]:
     command = [str(given.python), str(FINETUNE), str(out / "artifact"), "--data", str(out / "data" / "local.npz")]
-    return [*command, "--engine", given.engine, "--seed", "0", "--out", str(out / given.folder)]
+    return [*command, "--engine", given.engine, "--seed", "0", "--to", given.formats, "--out", str(out / given.folder)]
 
 
 def _accuracies(given: Device, model: Path, out: Path) -> dict[str, float]:

@@ -17,12 +17,23 @@ MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
+class LiteRow:
+    """What came of fused.tflite; accuracies are None where no TFLite interpreter is installed."""
+
+    drop_in: bool
+    nbytes: int
+    adapted_clean: float | None
+    adapted_drifted: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class EngineRow:
     """What one engine made of the base. Accuracies are fractions on images that neither training ever saw.
 
     ``losses`` is the training loss of each epoch, ``step_seconds`` the median step, ``finetune_seconds`` the whole
     command, import and fusing included. ``peak_memory_bytes`` is that of the process, None where the system does not
-    tell. ``device_environment_bytes`` is what is installed beside pip and setuptools.
+    tell. ``device_environment_bytes`` is what is installed beside pip and setuptools. ``tflite`` tells of fused.tflite
+    where it was asked for.
     """
 
     engine: str
@@ -35,6 +46,7 @@ class EngineRow:
     device_environment_bytes: int
     finetune_seconds: float
     versions: dict[str, str]
+    tflite: LiteRow | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +87,17 @@ def broken_promises(results: Results) -> list[str]:
         text = f"{row.engine}: adapted on drifted digits at least 92 %, got {row.adapted_drifted:.1%}"
         promises[text] = row.adapted_drifted >= 0.92
         promises[f"{row.engine}: the fused file is a drop-in for the base"] = row.drop_in
+        promises |= {} if row.tflite is None else _lite_promises(row.engine, row.tflite, row.adapted_drifted)
     return [text for text, kept in promises.items() if not kept]
+
+
+def _lite_promises(engine: str, row: LiteRow, onnx: float) -> dict[str, bool]:
+    """Of fused.tflite: it answers as fused.onnx does, up to images on the border between two classes."""
+    found = {f"{engine}: fused.tflite is a drop-in for base.tflite": row.drop_in}
+    if row.adapted_drifted is not None:
+        text = f"{engine}: fused.tflite as accurate as fused.onnx ({onnx:.1%}), got {row.adapted_drifted:.1%}"
+        found[text] = abs(row.adapted_drifted - onnx) <= 0.005
+    return found
 
 
 def table(results: Results) -> Table:
@@ -92,7 +114,18 @@ def table(results: Results) -> Table:
     found.add_row("base", f"{r.base_drifted:.1%}", f"{r.base_clean:.1%}")
     for row in r.engines:
         found.add_row(*_cells(row))
+        if row.tflite is not None:
+            found.add_row(*_lite_cells(row.tflite))
     return found
+
+
+def _lite_cells(row: LiteRow) -> tuple[str, ...]:
+    shares = ["no runtime" if x is None else f"{x:.1%}" for x in (row.adapted_drifted, row.adapted_clean)]
+    return "  fused.tflite", *shares, "", "", "", "", _drop_in(row.drop_in)
+
+
+def _drop_in(ok: bool) -> str:
+    return "yes" if ok else "[bold red]no[/]"
 
 
 def _cells(row: EngineRow) -> tuple[str, ...]:
@@ -105,7 +138,7 @@ def _cells(row: EngineRow) -> tuple[str, ...]:
         memory,
         f"{row.device_environment_bytes / MIB:.0f} MiB",
         f"{row.finetune_seconds:.0f} s",
-        "yes" if row.drop_in else "[bold red]no[/]",
+        _drop_in(row.drop_in),
     )
 
 

@@ -74,7 +74,9 @@ def check_images(network: Network, images: Array, *, fewest: int = FEWEST) -> No
     """Raises ConversionError unless ``images`` can go into the network's one input."""
     if len(network.inputs) != 1:
         names = ", ".join(t.name for t in network.inputs)
-        raise ConversionError(f"calibration needs a network with one input, this one has {len(network.inputs)}: {names}")
+        raise ConversionError(
+            f"calibration needs a network with one input, this one has {len(network.inputs)}: {names}"
+        )
     given = network.inputs[0]
     expected = f"{given.dtype} ({', '.join(['N', *map(str, given.shape[1:])])})"
     if images.dtype.name != given.dtype or images.shape[1:] != given.shape[1:] or images.ndim != len(given.shape):

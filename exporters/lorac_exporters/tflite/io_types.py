@@ -30,7 +30,9 @@ def _input(network: Network, tensor: Tensor, dtype: IoDtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     if tensor.dtype != "float32":
-        raise ConversionError(f"input {tensor.name!r} is {tensor.dtype} and cannot be made {dtype}: the graph starts so")
+        raise ConversionError(
+            f"input {tensor.name!r} is {tensor.dtype} and cannot be made {dtype}: the graph starts so"
+        )
     users = [operator for operator, _ in network.users(tensor)]
     entry = next((op for op in users if op.kind == "QUANTIZE"), None)
     if entry is None:

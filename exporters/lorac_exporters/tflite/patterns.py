@@ -91,11 +91,25 @@ def _factors(value: ir.Value, leaves: set[ir.Value]) -> Iterator[ir.Value | floa
 
 
 def _scaled_by(value: ir.Value | None, factor: float) -> ir.Value | None:
-    """x, if ``value`` is x * factor; else None."""
-    factors = list(_factors(need(value), set()))
-    values = [f for f in factors if not isinstance(f, float)]
-    scale = math.prod(f for f in factors if isinstance(f, float))
-    return values[0] if len(values) == 1 and math.isclose(scale, factor, rel_tol=1e-6) else None
+    """x, if ``value`` is x * factor; else None. x may be a product itself."""
+    found, scale = need(value), 1.0
+    while not math.isclose(scale, factor, rel_tol=1e-6):
+        step = _without_number(found)
+        if step is None:
+            return None
+        found, scale = step[0], scale * step[1]
+    return found
+
+
+def _without_number(product: ir.Value) -> tuple[ir.Value, float] | None:
+    """(x, number) of x * number or x / (1 / number); None for everything else."""
+    node = product.producer()
+    if node is None or node.op_type not in ("Mul", "Div"):
+        return None
+    if node.op_type == "Mul":
+        return next(((value, number) for value, number in _pairs(node) if number is not None), None)
+    divisor = _number(node.inputs[1])
+    return None if divisor is None or divisor == 0 else (need(node.inputs[0]), 1 / divisor)
 
 
 def _pairs(node: ir.Node) -> Iterator[tuple[ir.Value, float | None]]:

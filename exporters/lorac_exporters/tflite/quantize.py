@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lorac_exporters.graph_tools import unique_name
-from lorac_exporters.tflite.network import Array, Network, Operator, Quantization, Tensor
+from lorac_exporters.tflite.network import Array, DType, Network, Operator, Quantization, Tensor
 from lorac_exporters.tflite.quantize_rules import HIGH, LOW, SAME_SCALE, WEIGHTED, Weighted, parameters
 from lorac_exporters.tflite.scales import Plan, Ranges, plan
 from lorac_runtime.errors import ConversionError
@@ -115,10 +115,8 @@ class _Rewriting:
         self.operators.append(Operator("QUANTIZE", [stored], [twin]))
         return twin
 
-    def _twin(self, tensor: Tensor, dtype: str, scale: Quantization | None) -> Tensor:
-        twin = dataclasses.replace(tensor, name=self._fresh(f"{tensor.name}_{dtype}"), quantization=scale)
-        twin.dtype = "int8" if dtype == "int8" else "float32"
-        return twin
+    def _twin(self, tensor: Tensor, dtype: DType, scale: Quantization | None) -> Tensor:
+        return dataclasses.replace(tensor, name=self._fresh(f"{tensor.name}_{dtype}"), dtype=dtype, quantization=scale)
 
     def _constant(self, tensor: Tensor, scale: Quantization) -> Tensor:
         """An operand stored like an activation; its scale was chosen for these numbers, so it has no source."""
@@ -148,7 +146,7 @@ class _Rewriting:
         name = self._fresh(f"{tensor.name}_int8") if shared else tensor.name
         zeros = Quantization(scales, np.zeros(scales.shape, np.int64), axis)
         source = None if shared else tensor.source
-        dtype = "int8" if numbers.dtype == np.int8 else "int32"
+        dtype: DType = "int8" if numbers.dtype == np.int8 else "int32"
         return Tensor(name, tensor.shape, dtype, data=numbers, quantization=zeros, source=source)
 
     def _fresh(self, wish: str) -> str:

@@ -1,4 +1,4 @@
-"""How each kind of operator runs in int8: one table. What is not in it runs in float32, between DEQUANTIZE and QUANTIZE.
+"""How each kind of operator runs in int8: one table. What is not in it runs in float32 between DEQUANTIZE and QUANTIZE.
 
 Every entry was compared with its formula on both runtimes, with and without XNNPACK: tests/test_tflite_quantize.py.
 """

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from lorac_exporters.tflite.network import Network, Operator, Quantization, Tensor
-from lorac_exporters.tflite.quantize_rules import FIXED, HUGE, LIGHT, SAME_SCALE, activations, has_int8_kernel, parameters
+from lorac_exporters.tflite.quantize_rules import (
+    FIXED,
+    HUGE,
+    LIGHT,
+    SAME_SCALE,
+    activations,
+    has_int8_kernel,
+    parameters,
+)
 from lorac_runtime.errors import ConversionError, listed
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -38,9 +46,8 @@ def plan(network: Network, ranges: Ranges) -> Plan:
     for operator in chosen:
         groups.add(operator)
     groups.check(ranges)
-    scales = {tensor: groups.parameters(tensor, ranges) for tensor in groups.members()}
-    rescaled = {(op, t): groups.parameters(op.outputs[0], ranges) for op, t in groups.apart}
-    return Plan(chosen, scales, rescaled)
+    scales = groups.scales(ranges)
+    return Plan(chosen, scales, {(op, t): scales[op.outputs[0]] for op, t in groups.apart})
 
 
 def int8_operators(network: Network) -> list[Operator]:
@@ -79,18 +86,14 @@ class _Groups:
             fixed = Quantization(np.array([scale], np.float32), np.array([zero], np.int64))
             self._fixed[self._root(operator.outputs[0])] = fixed
 
-    def members(self) -> Iterable[Tensor]:
-        """Every activation of an int8 operator."""
-        return self._parent
-
-    def parameters(self, tensor: Tensor, ranges: Ranges) -> Quantization:
-        """Scale and zero point of a tensor: those of its group."""
-        root = self._root(tensor)
-        if root in self._fixed:
-            return self._fixed[root]
-        group = [t for t in self._parent if self._root(t) is root and t not in self._derived]
-        limits = [limit for t in group for limit in ranges[t.name]] + self._constants.get(root, [])
-        return parameters(min(limits), max(limits))
+    def scales(self, ranges: Ranges) -> dict[Tensor, Quantization]:
+        """Scale and zero point of every activation: those of its group."""
+        limits: dict[Tensor, list[float]] = {root: list(numbers) for root, numbers in self._constants.items()}
+        for tensor in self._parent:
+            if tensor not in self._derived:
+                limits.setdefault(self._root(tensor), []).extend(ranges[tensor.name])
+        found = {root: parameters(min(numbers), max(numbers)) for root, numbers in limits.items()} | self._fixed
+        return {tensor: found[self._root(tensor)] for tensor in self._parent}
 
     def check(self, ranges: Ranges) -> None:
         """Raises ConversionError if a range that is needed is missing or not finite."""
@@ -120,7 +123,7 @@ class _Groups:
 
     def _take_constants(self, operator: Operator) -> None:
         numbers = [t.data for t in operator.inputs if t is not None and t.dtype == "float32" and t.data is not None]
-        kept = [float(v) for data in numbers for v in (np.min(data), np.max(data)) if abs(float(v)) < HUGE]
+        kept = [float(v) for data in numbers for v in (np.min(data), np.max(data)) if abs(v) < HUGE]
         self._constants.setdefault(self._root(operator.outputs[0]), []).extend(kept)
         if operator.kind == "PADV2":
             self._derived |= set(operator.outputs)
@@ -135,9 +138,11 @@ class _Groups:
             self._fixed[kept] = self._fixed.pop(gone)
 
     def _root(self, tensor: Tensor) -> Tensor:
-        while self._parent[tensor] is not tensor:
-            tensor = self._parent[tensor]
-        return tensor
+        root = tensor
+        while self._parent[root] is not root:
+            root = self._parent[root]
+        self._parent[tensor] = root  # the next search is shorter
+        return root
 
 
 def _span(fixed: Quantization) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorac_exporters.tflite.network import Array, Network
 from lorac_exporters.tflite.schema_read import from_bytes
-from lorac_exporters.tflite.schema_write import ALIGNMENT, to_bytes
+from lorac_exporters.tflite.schema_write import ALIGNMENT, to_bytes, to_pieces
 from lorac_runtime.description import ByteRange
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.files import atomic_write
@@ -34,9 +34,9 @@ def save(network: Network, path: Path) -> int:
 
     Raises OutputError if it cannot be written, and what `to_bytes` raises.
     """
-    content = to_bytes(network)
-    atomic_write(path, content)
-    return len(content)
+    pieces = to_pieces(network)
+    atomic_write(path, pieces)
+    return sum(map(len, pieces))
 
 
 def buffer_ranges(content: bytes | memoryview, where: str = "the file") -> dict[str, Ranges]:

@@ -31,6 +31,12 @@ def to_bytes(network: Network) -> bytes:
     Raises ValueError for a network that is not sound: unknown operators or options, an operator that reads what
     nothing has made yet, numbers that do not have the tensor's shape and dtype. Raises ConversionError above 2 GB.
     """
+    pieces = to_pieces(network)
+    return b"".join(pieces) if len(pieces) > 1 else bytes(pieces[0])
+
+
+def to_pieces(network: Network) -> list[memoryview | bytes]:
+    """The same in one or two pieces, one after the other, which saves copying the first once more."""
     _check(network)
     tensors = network.tensors()
     numbers = [_little_endian(t.data) for t in tensors if t.data is not None and t.data.size]
@@ -41,7 +47,7 @@ def to_bytes(network: Network) -> bytes:
     except BuilderSizeError as err:
         raise ConversionError("the network is larger than 2 GB, more than a .tflite file can hold") from err
     content = writer.content()
-    return b"".join([content, archive(network.files, len(content))]) if network.files else bytes(content)
+    return [content, archive(network.files, len(content))] if network.files else [content]
 
 
 class _Writer:

@@ -54,7 +54,7 @@ def _image(makers: dict[Tensor, Operator], tensor: Tensor | None) -> Tensor | No
     if tensor is None:
         return None
     if tensor.data is not None:
-        return tensor if len(tensor.shape) <= 1 else None
+        return tensor if len(tensor.shape) < 3 or tensor.shape[:-2] == (1,) else None
     maker = makers.get(tensor)
     source = None if maker is None or maker.kind != "RESHAPE" else maker.inputs[0]
     if source is None or len(tensor.shape) != 3 or source.signature != _as_image(tensor.signature):
