@@ -302,3 +302,10 @@ def test_an_output_that_is_no_row_of_logits_is_refused() -> None:
     model = from_text("y = Conv (x, c.weight)", weights=weights, y="float[batch,5,8,8] y")
     with pytest.raises(ConversionError, match=r"expected \(batch, classes\)"):
         canonicalize(model)
+
+
+def test_a_dense_output_needs_no_classifier_where_none_is_asked_for() -> None:
+    model = from_text("y = Conv (x, w)", weights=numbers(w=(5, 3, 3, 3)), y="float[batch,5,6,6] y")
+    canonical = canonicalize(model, head=False)
+    assert static_dims(canonical.model.graph.outputs[0]) == (None, 5, 6, 6)
+    assert_same(outputs(canonical.model, image(2, 3, 8, 8)), outputs(model, image(2, 3, 8, 8)))

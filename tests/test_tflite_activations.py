@@ -120,6 +120,13 @@ def test_every_spelling_of_gelu_is_one_operator(body: str) -> None:
     assert kinds(check(body, inputs, runtimes=EVERYWHERE)) == ["GELU"]
 
 
+@pytest.mark.parametrize("before", ["v = Mul (x, x)", "v = Mul (x, half)", "v = Div (x, two)"])
+def test_gelu_of_a_product_is_still_gelu(before: str) -> None:
+    inputs = X | NUMBERS | {"rooth": np.float32(np.sqrt(0.5))}
+    for body in GELUS:
+        assert kinds(check(f"{before} {body.replace('x', 'v')}", inputs))[-1] == "GELU"
+
+
 def test_gelu_times_something_else_is_still_gelu() -> None:
     assert kinds(check(GELUS[0].replace("y =", "g =") + " y = Mul (g, two)", X | NUMBERS)) == ["GELU", "MUL"]
 
