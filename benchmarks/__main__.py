@@ -8,7 +8,7 @@ import sys
 BENCHMARKS = {
     "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
     "forms": "which form of an adapter costs less, layer by layer; the cost model that chooses it",
-    "fusing": "time of fusing a ResNet-18 beyond reading and writing the file",
+    "fusing": "time and memory of fusing a ResNet-18 into its ONNX or TFLite file",
     "memory": "peak memory of fine-tuning, beside PyTorch and onnxruntime-training",
     "setup": "make the Python environments that other benchmarks need",
     "startup": "seconds from starting the process to the end of the first step, beside PyTorch",

@@ -11,7 +11,7 @@ INTRODUCTION = """\
 # Commands
 
 Written by `make docs` from the commands' own parsers. Exit status: 0 done, 1 failed (one message on stderr),
-2 wrong command line. `verify` exits with 1 if the file is not a drop-in.
+2 wrong command line. `verify` exits with 1 if the file is not a drop-in, `certify` if two formats answer differently.
 """
 
 

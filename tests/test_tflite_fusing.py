@@ -76,7 +76,9 @@ def graph(name: str) -> ir.Model:
 
 
 def artifact(folder: Path, weights: Weights, policy: mf.BnPolicy = "frozen", name: str = "layers") -> Path:
-    config = ArtifactConfig(lora=LoraConfig(rank=2), bn_policy=policy, tflite=weights)
+    config = ArtifactConfig(
+        lora=LoraConfig(rank=2, biases="head", small_layers="adapter"), bn_policy=policy, tflite=weights
+    )
     names = tuple("abcdefghij"[:CLASSES])
     calibration = IMAGES if weights == "int8" else None
     write_artifact(

@@ -98,3 +98,15 @@ def test_a_weight_of_two_layers_is_stored_once() -> None:
     network = b.net()
     assert len(to_half(network).tensors) == 1
     assert [op.kind for op in network.operators] == ["DEQUANTIZE", "CONV_2D", "CONV_2D"]
+
+
+def test_a_weight_that_another_operator_reads_too_stays_float32() -> None:
+    b = Builder()
+    both = b.normal(6, 6)
+    rows = b.add("MEAN", [b.x, b.constant(np.int32([1, 2]))], (6,), keep_dims=False)
+    made = b.add("FULLY_CONNECTED", [rows, both, b.normal(6)], (6,), fused_activation_function="NONE")
+    squared = b.add("MUL", [both, both], (6, 6), fused_activation_function="NONE")
+    squared.shape, squared.batch_axis = (6, 6), None
+    network = b.net(made, squared)
+    assert to_half(network).tensors == ()
+    to_bytes(network)  # names are unique

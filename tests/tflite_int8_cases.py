@@ -271,7 +271,7 @@ CASES: dict[str, Callable[[], Network]] = {
     "strided slice": lambda: sliced("STRIDED_SLICE"),
     "pad": padded,
     "pad by mirroring": lambda: padded(mirror=True),
-    "pad with a number": lambda: padded(1.5),
+    "pad with a number": lambda: padded(9.0),
     "pad with minus infinity": lambda: padded(float(np.finfo(np.float32).min)),
     "reshape": lambda: reshaped("RESHAPE"),
     "transpose": lambda: reshaped("TRANSPOSE"),

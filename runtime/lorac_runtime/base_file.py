@@ -24,7 +24,7 @@ from lorac_runtime.stored import Losses, Piece, pieces, ranges
 
 Array = npt.NDArray[Any]
 _PIECE = 1 << 20  # bytes of an unchanged stretch at a time
-_HELD = 1 << 21  # bytes to write before pages of mapped files are let go
+_HELD = 1 << 19  # bytes to write before pages of mapped files are let go
 
 
 def mapped(path: Path) -> memoryview:

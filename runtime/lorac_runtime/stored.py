@@ -78,14 +78,18 @@ def as_half(value: Array) -> tuple[npt.NDArray[np.float16], int]:
 
 
 def _float_pieces(patch: Patch, value: Channels, losses: Losses) -> Iterator[Piece]:
-    at = patch.offset
-    for block in _stored_blocks(patch, value.blocks()):
-        if patch.dtype == "float16":
-            block, overflowed = as_half(block)
-            losses.overflowed += overflowed
-        data = _bytes(block, "<f2" if patch.dtype == "float16" else "<f4")
+    at, half = patch.offset, patch.dtype == "float16"
+    for block in _stored_blocks(patch, _halves(value, losses) if half else value.blocks()):
+        data = _bytes(block, "<f2" if half else "<f4")
         yield at, data
         at += len(data)
+
+
+def _halves(value: Channels, losses: Losses) -> Iterator[Array]:
+    for block in value.blocks():
+        numbers, overflowed = as_half(block)
+        losses.overflowed += overflowed
+        yield numbers
 
 
 def _layer_pieces(

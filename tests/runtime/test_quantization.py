@@ -32,6 +32,7 @@ def layer(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_a_stored_weight_is_within_half_a_step_of_the_real_one(seed: int, axis: int | None) -> None:
     weight, _ = layer(seed)
     scales = weight_scales(weight, axis, None, INPUT_SCALE)
+    assert scales.shape == (1 if axis is None else weight.shape[axis],)
     stored = quantized_weight(weight, scales, axis).astype(np.float64)
     steps = scales.astype(np.float64).reshape([-1 if i == (axis or 0) % 4 else 1 for i in range(4)])
     assert np.all(np.abs(stored * steps - weight) <= 0.5001 * steps)

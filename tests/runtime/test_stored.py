@@ -205,3 +205,21 @@ def test_half_precision_rounds_to_the_nearest_even_number_at_every_edge() -> Non
             assert overflowed == 0
             np.testing.assert_array_equal(found.view(np.uint16) & 0x7FFF, expected)
             assert np.all((found.view(np.uint16) >> 15) == (sign < 0))
+
+
+def test_half_precision_agrees_with_numpy_on_any_bits() -> None:
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 300_000, dtype=np.uint32)
+    numbers = bits.view(np.float32)
+    numbers = np.concatenate([numbers[np.isfinite(numbers)], np.float32([0, -0.0, 2**-24, 2**-25, 2**-14, np.inf])])
+    with np.errstate(over="ignore"):
+        plain = numbers.astype(np.float16)
+    for size in (1, 7, len(numbers)):
+        found, overflowed = stored.as_half(numbers[-size:])
+        expected = plain[-size:].copy()
+        infinite = np.isinf(expected)
+        expected[infinite] = np.copysign(np.float16(65504), expected[infinite])
+        np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
+        assert overflowed == np.count_nonzero(infinite)
+    small = numbers[np.abs(numbers) < 65504]
+    np.testing.assert_array_equal(stored.as_half(small)[0].view(np.uint16), small.astype(np.float16).view(np.uint16))
+    assert np.isnan(stored.as_half(np.float32([1, np.nan]))[0]).tolist() == [False, True]
