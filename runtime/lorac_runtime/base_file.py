@@ -24,7 +24,7 @@ from lorac_runtime.stored import Losses, Piece, pieces, ranges
 
 Array = npt.NDArray[Any]
 _PIECE = 1 << 20  # bytes of an unchanged stretch at a time
-_HELD = 1 << 19  # bytes to write before pages of mapped files are let go
+_HELD = 4  # pieces to write before pages of mapped files are let go: the system may map 2 MB for a piece of a few bytes
 
 
 def mapped(path: Path) -> memoryview:
@@ -116,12 +116,9 @@ def _letting_go(source: Iterator[Piece], contents: Sequence[memoryview]) -> Iter
 
     It could take these pages back at any time; but as long as it does not they count as memory of this process.
     """
-    written = 0
-    for piece in source:
+    for count, piece in enumerate(source):
         yield piece
-        written += len(piece[1])
-        if written >= _HELD:
-            written = 0
+        if count % _HELD == 0:
             for content in contents:
                 _let_go(content)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lorac_runtime import manifest as mf
 from lorac_runtime import stored
 from lorac_runtime.channels import Channels, Scratch
-from lorac_runtime.fused import fused_channels
+from lorac_runtime.fused import fused_channels, fused_weights
+from lorac_runtime.patch import batchnorm_tensors
 
 Array = np.ndarray
 TYPES = {"float32": "<f4", "float16": "<f2", "int8": "i1", "int32": "<i4"}
@@ -61,7 +62,9 @@ def case(given: dict[str, Any]) -> tuple[list[mf.Patch], dict[str, Channels], di
     rng = np.random.default_rng(given["seed"])
     weight = (rng.standard_normal(given["shape"]) * 10.0 ** rng.integers(-9, 4)).astype(np.float32)
     channels = given["shape"][given["axis"]]
-    bias = rng.standard_normal(channels).astype(np.float32)
+    bias = (rng.standard_normal(channels) * 10.0 ** rng.integers(-3, 11)).astype(
+        np.float32
+    )  # often too large for int32
     dtype, end = given["dtype"], 0
 
     def place(nbytes: int) -> mf.ByteRange:
@@ -166,6 +169,23 @@ def test_adapted_weights_are_the_same_bits_in_blocks_and_as_a_whole(
     if layout == "spatial":
         product = product.reshape(c_out, k_h, c_in, k_w).swapaxes(1, 2)
     np.testing.assert_allclose(whole, base + 1.5 * product.reshape(shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", mf.BN_POLICIES)
+@pytest.mark.parametrize("elements", [1, 30])
+def test_refolded_weights_are_the_same_bits_in_blocks_and_as_a_whole(
+    small: Callable[..., Any], policy: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorac_runtime.fused._BLOCK", 1)  # one output channel at a time
+    artifact = small(policy, zero_channels=True)
+    batchnorm = batchnorm_tensors(artifact.folder, artifact.manifest)
+    given = (artifact.manifest, artifact.base, artifact.state, batchnorm)
+    cut = 0
+    for name, value in fused_channels(*given).items():
+        blocks = [block.copy() for block in value.blocks(elements)]
+        np.testing.assert_array_equal(np.concatenate(blocks), fused_weights(*given)[name])
+        cut += len(blocks) > 1
+    assert cut >= 4
 
 
 def test_blocks_are_as_large_as_asked_for_and_never_less_than_a_step() -> None:
