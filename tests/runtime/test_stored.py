@@ -173,11 +173,12 @@ def test_adapted_weights_are_the_same_bits_in_blocks_and_as_a_whole(
 
 @pytest.mark.parametrize("policy", mf.BN_POLICIES)
 @pytest.mark.parametrize("elements", [1, 30])
+@pytest.mark.parametrize("zero_channels", [False, True])
 def test_refolded_weights_are_the_same_bits_in_blocks_and_as_a_whole(
-    small: Callable[..., Any], policy: str, elements: int, monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Any], policy: str, elements: int, zero_channels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorac_runtime.fused._BLOCK", 1)  # one output channel at a time
-    artifact = small(policy, zero_channels=True)
+    artifact = small(policy, zero_channels=zero_channels)
     batchnorm = batchnorm_tensors(artifact.folder, artifact.manifest)
     given = (artifact.manifest, artifact.base, artifact.state, batchnorm)
     cut = 0
@@ -185,7 +186,7 @@ def test_refolded_weights_are_the_same_bits_in_blocks_and_as_a_whole(
         blocks = [block.copy() for block in value.blocks(elements)]
         np.testing.assert_array_equal(np.concatenate(blocks), fused_weights(*given)[name])
         cut += len(blocks) > 1
-    assert cut >= 4
+    assert cut >= 3
 
 
 def test_blocks_are_as_large_as_asked_for_and_never_less_than_a_step() -> None:
