@@ -42,7 +42,7 @@ demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both e
 	    --training-python .envs/device-training/bin/python --out demo
 
 test: $(DEV) $(TFLITE)  ## run all tests but the long studies on real data
-	.venv/bin/python -m pytest -n auto --dist loadfile -m "not (realdata and slow)"
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow)"
 
 test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data)
 	.venv/bin/python -m pytest -m realdata

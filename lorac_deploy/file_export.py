@@ -16,7 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_exporters import tflite
-from lorac_exporters.tflite.answers import TfliteAnswers
+from lorac_exporters.tflite.answers import TfliteAnswers, model_input
+from lorac_exporters.tflite.calibrate import saturation
 from lorac_exporters.tflite.export import Calibration
 from lorac_exporters.tflite.schema import from_bytes
 from lorac_exporters.verify import run_onnx
@@ -33,6 +34,8 @@ Target = Literal["tflite", "onnx"]
 Floats = npt.NDArray[np.float32]
 TARGETS: tuple[Target, ...] = ("tflite", "onnx")
 BATCH = 64  # images computed at once
+CUT_OFF_IMAGES = 128  # about so many, spread over all, tell whether ranges are wide enough
+CUT_OFF_LISTED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,11 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class FileReport:
-    """What was written. ``tflite`` is None for an ONNX file; ``accuracies`` is empty without data."""
+    """What was written. ``tflite`` is None for an ONNX file; ``accuracies`` is empty without data.
+
+    ``cut_off``: of an int8 file with data, the activations that lie at the ends of their range most often, and the
+    share of their numbers that does (from 0 to 1), the largest first.
+    """
 
     path: Path
     nbytes: int
@@ -59,6 +66,7 @@ class FileReport:
     accuracies: tuple[Accuracy, ...]
     images: int
     seconds: float
+    cut_off: tuple[tuple[str, float], ...] = ()
 
 
 def export_file(
@@ -101,9 +109,10 @@ def export_file(
             part.write_bytes(network.read_bytes())
         on_progress("comparing the answers")
         rows = () if tests is None else tuple(_accuracies(network, part, tests, manifest, report))
+        cut_off = _cut_off(part, tests, manifest) if tests is not None and known is not None else ()
         nbytes = part.stat().st_size
     count = 0 if tests is None else len(tests)
-    return FileReport(out, nbytes, report, rows, count, time.perf_counter() - started)
+    return FileReport(out, nbytes, report, rows, count, time.perf_counter() - started, cut_off)
 
 
 def config_problem(to: Target, config: tflite.TfliteConfig | None, calibration: Path | None) -> str:
@@ -180,6 +189,14 @@ def _accuracies(
         answers = TfliteAnswers(written, from_bytes(written.read_bytes(), str(written)), manifest.input)
         found = np.concatenate([next(iter(answers(images).values())) for images in _batches(tests)])
         yield _accuracy(f"{report.weights} TFLite", found, expected, tests)
+
+
+def _cut_off(written: Path, tests: LocalData, manifest: Manifest) -> tuple[tuple[str, float], ...]:
+    """Activations of an int8 file whose numbers lie at the ends of their range most often."""
+    network = from_bytes(written.read_bytes(), str(written))
+    images = tests.images[:: max(1, len(tests) // CUT_OFF_IMAGES)]
+    shares = saturation(network, model_input(images, network.inputs[0], manifest.input))
+    return tuple(sorted(shares.items(), key=lambda item: -item[1])[:CUT_OFF_LISTED])
 
 
 def _accuracy(name: str, logits: Floats, expected: Floats, tests: LocalData) -> Accuracy:

@@ -20,9 +20,15 @@ settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold slow tests begin, so that none is left to one worker at the end; data must be there."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    if not REALDATA.is_dir():
+        _skip_realdata(items)
+
+
+def _skip_realdata(items: list[pytest.Item]) -> None:
     """Skip tests on real data, by name, where that folder is absent."""
-    if REALDATA.is_dir():
-        return
     for item in items:
         if item.get_closest_marker("realdata"):
             item.add_marker(pytest.mark.skip(reason=f"no real data in {REALDATA}"))

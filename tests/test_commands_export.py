@@ -251,3 +251,25 @@ def test_every_option_of_tflite_changes_the_file(
         export_file(artifacts["int8"], tmp_path / "out", to="tflite", config=config)
         seen.add((tmp_path / "out").read_bytes())
     assert len(seen) == 6
+
+
+def test_int8_report_tells_how_much_the_ranges_cut_off(
+    artifacts: dict[str, Path], adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = load_adapter(adapter)
+    loud = {name: value * 30 if name.endswith("lora_b") else value for name, value in file.tensors.items()}
+    save_adapter(tmp_path / "loud.safetensors", loud, file.metadata)
+    common = (artifacts["int8"], "--to", "tflite", "--weights", "int8", "--data", data, "--out", tmp_path / "a.tflite")
+    calm = dict(run(capsys, *common)["cut_off"])
+    wild = dict(run(capsys, *common, "--adapter", tmp_path / "loud.safetensors")["cut_off"])
+    assert len(calm) == len(wild) == 3
+    assert max(calm.values()) < 0.02  # the images it was calibrated with: the extremes alone
+    assert max(wild.values()) > 0.1
+    assert list(wild.values()) == sorted(wild.values(), reverse=True)
+
+
+def test_files_without_int8_activations_report_nothing_cut_off(
+    artifacts: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "a.tflite"
+    assert run(capsys, artifacts["float32"], "--to", "tflite", "--data", data, "--out", out)["cut_off"] == []

@@ -117,6 +117,9 @@ def _show(report: FileReport) -> None:
     table.add_row("size", f"{report.nbytes / 1e6:.2f} MB")
     for name, text in () if report.tflite is None else tflite_rows(report.tflite):
         table.add_row(name, text)
+    if report.cut_off:
+        listed = ", ".join(f"{share:.2%} of {name}" for name, share in report.cut_off)
+        table.add_row("at the ends of int8", listed)
     table.add_row("time", f"{report.seconds:.1f} s")
     console.print(table)
     if report.accuracies:
