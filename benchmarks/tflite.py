@@ -1,8 +1,9 @@
 """Latency of base.tflite, fused.tflite and other converters' files, on tflite-runtime and on ai-edge-litert.
 
 Every file of a network runs in one process, in interleaved rounds; a few processes, each opening the files in
-another order, keep the luck of memory addresses apart. A round's ratio is that of its medians. The verdict is an
-equivalence test (+-1 % for fused against base, +-3 % for other converters). Not counted: load time, first runs.
+another order, keep the luck of memory addresses apart. A round's ratio is that of the least time of each file: other
+work on the machine adds to a run, it never takes from it. The verdict is an equivalence test (+-1 % for fused against
+base, +-3 % for other converters). Not counted: load time, first runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 import functools
 import json
 import random
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +84,7 @@ def compared(rounds: Rounds, model: str, runtime: str, threads: int) -> list[Row
     rows = []
     for name, found in rounds.items():
         pairs = zip(found, rounds["base"], strict=True)
-        ratios = [statistics.median(one) / statistics.median(other) for one, other in pairs]
+        ratios = [min(one) / min(other) for one, other in pairs]
         test = None if name == "base" else equivalence(ratios, margin=MARGINS[name])
         total = summary(found)
         rows.append(Row(model, runtime, threads, name, total.minimum, total.median, test))
