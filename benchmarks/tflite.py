@@ -1,9 +1,10 @@
 """Latency of base.tflite, fused.tflite and other converters' files, on tflite-runtime and on ai-edge-litert.
 
-Every file of a network runs in one process, in interleaved rounds; a few processes, each opening the files in
-another order, keep the luck of memory addresses apart. A round's ratio is that of the least time of each file: other
-work on the machine adds to a run, it never takes from it. The verdict is an equivalence test (+-1 % for fused against
-base, +-3 % for other converters). Not counted: load time, first runs.
+Every file of a network runs in one process, in interleaved rounds. Where its weights lie in memory makes a file some
+1 % faster or slower for the life of a process, and it depends on the order of opening: so processes come in pairs that
+open the files in opposite orders, and a pair is one observation. Its ratio is the mean of both processes' median ratio
+of least times: other work on the machine adds to a run, it never takes from it. The verdict is an equivalence test over
+the pairs (+-1 % for fused against base, +-3 % for other converters). Not counted: load time, first runs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
-import random
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,19 +50,28 @@ class Row:
     against_base: Equivalence | None
 
 
-def measure(files: dict[str, Path], job: Job, interpreter: Path, sessions: int, rounds: int) -> Rounds:
-    """Seconds by file, round and run; the rounds of all processes one after the other."""
-    found: Rounds = {name: [] for name in files}
-    for seed in range(sessions):
-        order = random.Random(seed).sample(list(files), len(files))
-        options = {"files": {name: str(files[name]) for name in order}}
+def measure(files: dict[str, Path], job: Job, interpreter: Path, pairs: int, rounds: int) -> list[Rounds]:
+    """Seconds by file, round and run, for each process; processes 2 i and 2 i + 1 are a pair."""
+    found = []
+    for index in range(2 * pairs):
+        options = {"files": {name: str(files[name]) for name in opening_order(list(files), index)}}
         with Worker(interpreter, "benchmarks.tflite_worker", dataclasses.replace(job, options=options)) as worker:
             turns = {name: functools.partial(_run, worker, name, RUNS) for name in files}
             for name in files:
                 _run(worker, name, WARMUP)
-            for name, part in interleaved(turns, rounds, seed=seed).items():
-                found[name] += part
+            found.append(interleaved(turns, rounds, seed=index))
     return found
+
+
+def opening_order(names: list[str], index: int) -> list[str]:
+    """The order in which process ``index`` opens its files: rotated from pair to pair, reversed within a pair.
+
+    >>> [opening_order(["a", "b", "c"], i) for i in range(4)]
+    [['a', 'b', 'c'], ['c', 'b', 'a'], ['b', 'c', 'a'], ['a', 'c', 'b']]
+    """
+    turn = index // 2 % len(names)
+    order = [*names[turn:], *names[:turn]]
+    return order[::-1] if index % 2 else order
 
 
 def _run(worker: Worker, name: str, count: int) -> list[float]:
@@ -79,16 +89,28 @@ def disagreeing(files: dict[str, Path], job: Job, interpreter: Path) -> list[str
     return [name for name, found in outputs.items() if np.abs(found - base).max() > bound]
 
 
-def compared(rounds: Rounds, model: str, runtime: str, threads: int) -> list[Row]:
+def compared(processes: list[Rounds], model: str, runtime: str, threads: int) -> list[Row]:
     """A row for each file."""
     rows = []
-    for name, found in rounds.items():
-        pairs = zip(found, rounds["base"], strict=True)
-        ratios = [min(one) / min(other) for one, other in pairs]
-        test = None if name == "base" else equivalence(ratios, margin=MARGINS[name])
-        total = summary(found)
+    for name in processes[0]:
+        test = None if name == "base" else equivalence(pair_ratios(processes, name), margin=MARGINS[name])
+        total = summary([turn for rounds in processes for turn in rounds[name]])
         rows.append(Row(model, runtime, threads, name, total.minimum, total.median, test))
     return rows
+
+
+def pair_ratios(processes: list[Rounds], name: str) -> list[float]:
+    """A file's time as a multiple of base's, for each pair of processes.
+
+    >>> one, other = {"base": [[1.0]], "a": [[4.0, 9.0]]}, {"base": [[2.0, 3.0]], "a": [[2.0]]}
+    >>> pair_ratios([one, other], "a")
+    [2.0]
+    """
+    ratios = [
+        statistics.median(min(a) / min(b) for a, b in zip(rounds[name], rounds["base"], strict=True))
+        for rounds in processes
+    ]
+    return [statistics.geometric_mean(pair) for pair in zip(ratios[::2], ratios[1::2], strict=True)]
 
 
 def files_of(net: Network, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -119,8 +141,8 @@ def measure_network(text: str, args: argparse.Namespace) -> tuple[list[Row], dic
                 job = Job("", str(folder / "batch.npz"), threads, {})
                 if wrong := disagreeing(files, job, interpreter):
                     raise RuntimeError(f"{text} on {runtime}: {', '.join(wrong)} computes something else than base")
-                rounds = measure(files, job, interpreter, args.sessions, args.rounds)
-                rows += compared(rounds, text, runtime, threads)
+                processes = measure(files, job, interpreter, args.pairs, args.rounds)
+                rows += compared(processes, text, runtime, threads)
                 show(rows[-len(files) :])
     return rows, made
 
@@ -140,8 +162,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--models", nargs="+", default=["resnet18:32"], metavar="NAME:PIXELS", help="default: resnet18:32")
     p.add_argument("--batch", type=int, default=1, help="images in a run (default: 1)")
     p.add_argument("--threads", type=int, nargs="+", default=[1], help="default: 1")
-    p.add_argument("--sessions", type=int, default=4, help="processes for each runtime (default: 4)")
-    p.add_argument("--rounds", type=int, default=30, help=f"rounds of {RUNS} runs a process (default: 30)")
+    p.add_argument("--pairs", type=int, default=6, help="pairs of processes for each runtime (default: 6)")
+    p.add_argument("--rounds", type=int, default=10, help=f"rounds of {RUNS} runs in a process (default: 10)")
     p.add_argument("--converters", nargs="*", choices=tuple(CONVERTERS), default=list(CONVERTERS), help="default: all")
     p.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="interpreter of an environment")
     p.add_argument("--out", type=Path, help="write the rows as JSON")

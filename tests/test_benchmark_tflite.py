@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(not all(p.exists() for p in ENVIRONMENTS), reaso
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What a short run without other converters writes."""
     out = tmp_path_factory.mktemp("report") / "tflite.json"
-    short = ["--sessions", "1", "--rounds", "3", "--converters"]
+    short = ["--pairs", "3", "--rounds", "1", "--converters"]
     assert tflite.main(["--models", "resnet20:16", "--out", str(out), *short]) == 0
     return json.loads(out.read_text())
 
@@ -36,6 +37,11 @@ def test_fused_is_compared_with_base_and_base_with_nothing(report: dict):
     for row in report["rows"]:
         assert (row["against_base"] is None) == (row["file"] == "base")
     assert {row["against_base"]["rounds"] for row in report["rows"] if row["against_base"]} == {3}
+
+
+def test_examples_in_docstrings_hold():
+    tried = doctest.testmod(tflite)
+    assert (tried.attempted >= 3, tried.failed) == (True, 0)
 
 
 def test_what_making_the_files_took_is_reported(report: dict):
