@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ NETWORK = "network.pt"  # the PyTorch network, beside the artifacts made from it
 Images = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Step = Callable[[], float]  # one training step; returns the loss before it
+Prepared = TypeVar("Prepared")  # what a worker makes of its job, before the first request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,17 @@ def peak_bytes() -> int:
 
 def serve(prepare: Callable[[Job], Step]) -> int:
     """Answer requests about the job on the command line until stdin ends. Imports should be done by now."""
-    out = own_stdout()
-    imported, step = peak_bytes(), None
+    imported = peak_bytes()
+    return serve_job(prepare, lambda request, step: _answer(request, step, imported))
+
+
+def serve_job(prepare: Callable[[Job], Prepared], reply: Callable[[dict[str, Any], Prepared], dict[str, Any]]) -> int:
+    """Answer requests with ``reply``, about what ``prepare`` makes of the job on the command line, until stdin ends."""
+    out, prepared = own_stdout(), None
     for line in sys.stdin:
         try:
-            step = step or prepare(Job(**json.loads(sys.argv[1])))
-            answer = _answer(json.loads(line), step, imported)
+            prepared = prepared or prepare(Job(**json.loads(sys.argv[1])))
+            answer = reply(json.loads(line), prepared)
         except Exception as err:  # noqa: BLE001 - the parent reports what a competitor refuses
             answer = {"error": f"{type(err).__name__}: {err}"}
         print(json.dumps(answer), file=out, flush=True)

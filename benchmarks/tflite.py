@@ -79,6 +79,13 @@ def _run(worker: Worker, name: str, count: int) -> list[float]:
     return seconds
 
 
+def described(job: Job, interpreter: Path) -> dict[str, Any]:
+    """What a runtime's worker runs on."""
+    with Worker(interpreter, "benchmarks.tflite_worker", dataclasses.replace(job, options={"files": {}})) as worker:
+        found: dict[str, Any] = worker.ask("hello")["environment"]
+    return found
+
+
 def disagreeing(files: dict[str, Path], job: Job, interpreter: Path) -> list[str]:
     """Files that do not compute what base.tflite does; fused.tflite computes something else on purpose."""
     options = {"files": {name: str(path) for name, path in files.items() if name != "fused"}}
@@ -137,6 +144,7 @@ def measure_network(text: str, args: argparse.Namespace) -> tuple[list[Row], dic
         np.savez(folder / "batch.npz", images=images, labels=np.zeros(args.batch, np.int64))
         for runtime, env in RUNTIMES.items():
             interpreter = envs.python(env, args.python)
+            made[runtime] = described(Job("", str(folder / "batch.npz"), 1, {}), interpreter)
             for threads in args.threads:
                 job = Job("", str(folder / "batch.npz"), threads, {})
                 if wrong := disagreeing(files, job, interpreter):

@@ -8,7 +8,6 @@ opened in that order). Runs with tflite-runtime or ai-edge-litert, whichever the
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.environment import environment
-from benchmarks.step_protocol import Job, own_stdout
+from benchmarks.step_protocol import Job, serve_job
 
 MODULES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 
@@ -72,18 +71,5 @@ def reply(request: dict[str, Any], files: Files) -> dict[str, Any]:
     return {"output": files.answer(request["file"])}
 
 
-def main() -> int:
-    """Answer requests until stdin ends."""
-    out, files = own_stdout(), None
-    for line in sys.stdin:
-        try:
-            files = files or Files(Job(**json.loads(sys.argv[1])))
-            answer = reply(json.loads(line), files)
-        except Exception as err:  # noqa: BLE001 - the parent reports what a runtime refuses
-            answer = {"error": f"{type(err).__name__}: {err}"}
-        print(json.dumps(answer), file=out, flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve_job(Files, reply))

@@ -44,6 +44,12 @@ def test_examples_in_docstrings_hold():
     assert (tried.attempted >= 3, tried.failed) == (True, 0)
 
 
+def test_each_runtime_says_what_it_runs_on(report: dict):
+    made = report["made"]["resnet20:16"]
+    assert made["tflite-runtime"]["packages"]["tflite-runtime"] == "2.14.0"
+    assert "ai-edge-litert" in made["ai-edge-litert"]["packages"]
+
+
 def test_what_making_the_files_took_is_reported(report: dict):
     assert set(report["made"]["resnet20:16"]["ours"]) == {"convert", "fuse compute", "fuse"}
 
