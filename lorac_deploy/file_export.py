@@ -19,7 +19,7 @@ from lorac_exporters import tflite
 from lorac_exporters.tflite.answers import TfliteAnswers, model_input
 from lorac_exporters.tflite.calibrate import saturation
 from lorac_exporters.tflite.export import Calibration
-from lorac_exporters.tflite.schema import from_bytes
+from lorac_exporters.tflite.reading import read_network
 from lorac_exporters.verify import run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
@@ -186,14 +186,14 @@ def _accuracies(
     expected = np.concatenate([run_onnx(onnx, preprocess(images, manifest.input)) for images in _batches(tests)])
     yield _accuracy("float32 ONNX", expected, expected, tests)
     if report is not None:
-        answers = TfliteAnswers(written, from_bytes(written.read_bytes(), str(written)), manifest.input)
+        answers = TfliteAnswers(written, read_network(written), manifest.input)
         found = np.concatenate([next(iter(answers(images).values())) for images in _batches(tests)])
         yield _accuracy(f"{report.weights} TFLite", found, expected, tests)
 
 
 def _cut_off(written: Path, tests: LocalData, manifest: Manifest) -> tuple[tuple[str, float], ...]:
     """Activations of an int8 file whose numbers lie at the ends of their range most often."""
-    network = from_bytes(written.read_bytes(), str(written))
+    network = read_network(written)
     images = tests.images[:: max(1, len(tests) // CUT_OFF_IMAGES)]
     shares = saturation(network, model_input(images, network.inputs[0], manifest.input))
     return tuple(sorted(shares.items(), key=lambda item: -item[1])[:CUT_OFF_LISTED])

@@ -18,7 +18,8 @@ def lower(model: ir.Model) -> Network:
 
     Feature maps lie channels-last, inputs and outputs too; an input that is (N, H, W, C) already stays as it is.
 
-    Raises ConversionError naming every operator that cannot be written, with its node.
+    Raises ConversionError naming the node of every operator that has no rule; else the first node whose form of an
+    operator its rule cannot write.
     """
     twin = model.clone()
     for pattern in PATTERNS:
@@ -44,15 +45,11 @@ def operator_problems(model: ir.Model) -> list[str]:
 def _lowered(graph: ir.Graph) -> Network:
     lowering = Lowering(graph, value_names(graph))
     inputs = [_input(lowering, value) for value in graph.inputs]
-    problems = []
     for node in graph:
         try:
             RULES[node.op_type](lowering, node)
         except ConversionError as err:
-            problems.append(str(err))
-            break  # later nodes read what this one did not make
-    if problems:
-        raise ConversionError(listed("this model cannot be written to TFLite:", problems))
+            raise ConversionError(listed("this model cannot be written to TFLite:", [str(err)])) from err
     outputs = [_output(lowering, value) for value in graph.outputs]
     return Network(
         lowering.operators,
