@@ -25,7 +25,8 @@ from lorac_deploy.batchnorm import apply_policy, restore_policy
 from lorac_deploy.lora_layers import LayerAdapter, LoraConv, LoraConv1d, LoraConv2d, adapt, merge, release
 from lorac_deploy.lora_report import AttachReport, attach_report
 from lorac_deploy.structure import describe
-from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig
 from lorac_runtime.errors import AdapterError, listed
 from lorac_runtime.manifest import BN_POLICIES, BnPolicy
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lorac_deploy.lora_layers import ADAPTED
-from lorac_exporters.plan import ConvLayer, Network
+from lorac_exporters.plan import Layer, Network
 from lorac_runtime.manifest import BnPolicy, Trainable
 
 
@@ -83,14 +83,14 @@ def find_head(module: nn.Module, name: str | None = None) -> str:
     return head
 
 
-def _convolutions(module: nn.Module, head: str, stem: str | None) -> tuple[ConvLayer, ...]:
+def _convolutions(module: nn.Module, head: str, stem: str | None) -> tuple[Layer, ...]:
     found = {n: m for n, m in module.named_modules() if isinstance(m, _ConvNd) and n != head}
     if stem is not None and stem not in found:
         raise ValueError(f"stem {stem!r} is not a convolution of this network: {_some(list(found))}")
     names = list(found) if stem is None else [stem, *(n for n in found if n != stem)]
     shared = shared_weights(module)
     return tuple(
-        ConvLayer(
+        Layer(
             name=name,
             weight=tensor_name(name, "weight"),
             bias=None if conv.bias is None else tensor_name(name, "bias"),

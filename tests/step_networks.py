@@ -28,7 +28,8 @@ from lorac_deploy.lora import adapter_tensors, select_trainable
 from lorac_exporters.branches import FormChoice, form_of
 from lorac_exporters.graph_tools import need, producer, remove_unused, to_bytes
 from lorac_exporters.graphs import Graphs, build_graphs
-from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_step import StepConfig, train_step
 from lorac_runtime.manifest import BnPolicy, InputSpec, TrainingDefaults

@@ -22,7 +22,8 @@ from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import starting_values
 from lorac_exporters.memory import MIB, OPENING, PER_NODE, PROCESS, SESSION, Peak, peak, saved_activations
 from lorac_exporters.memory_order import buffers, byte_size, constant_values, execution_order, highest
-from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_step import StepConfig, gradient_step, optimizer_step, train_step, write
 from lorac_runtime.manifest import BASE, TrainingDefaults

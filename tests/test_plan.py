@@ -4,15 +4,16 @@ import math
 
 import pytest
 
-from lorac_exporters.plan import METHODS, ConvLayer, LoraConfig, Network
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import Layer, LoraConfig, Network
 from lorac_runtime.manifest import Trainable
 
 
-def conv(name: str, *shape: int, groups: int = 1, obstacle: str | None = None) -> ConvLayer:
-    return ConvLayer(name, f"{name}.weight", f"{name}.bias", shape, groups, obstacle)
+def conv(name: str, *shape: int, groups: int = 1, obstacle: str | None = None) -> Layer:
+    return Layer(name, f"{name}.weight", f"{name}.bias", shape, groups, obstacle)
 
 
-def network(*convs: ConvLayer, backbone: int = 1000) -> Network:
+def network(*convs: Layer, backbone: int = 1000) -> Network:
     return Network(convs, ("fc.weight", (10, 64)), ("fc.bias", (10,)), backbone, (("bn.weight", "bn.bias", 64),))
 
 

@@ -11,7 +11,8 @@ from lorac_deploy.models import MODELS, ModelSpec, build
 from lorac_deploy.structure import describe, find_head
 from lorac_exporters import inject
 from lorac_exporters.canonical import canonicalize
-from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 
 

@@ -25,8 +25,9 @@ from lorac_exporters.branches import FORM_CHOICES, FormChoice, form_of
 from lorac_exporters.engine_files import EngineChoice, chosen, option_problems
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
+from lorac_exporters.methods import METHODS
 from lorac_exporters.patch_table import patch_table
-from lorac_exporters.plan import METHODS, LoraConfig
+from lorac_exporters.plan import LoraConfig
 from lorac_exporters.statistics_graph import statistics_graph
 from lorac_exporters.tflite.export import TfliteReport
 from lorac_exporters.training_step import StepConfig

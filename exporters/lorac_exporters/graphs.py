@@ -11,7 +11,8 @@ import onnx_ir as ir
 from lorac_exporters.canonical import Canonical, canonicalize, with_new_head
 from lorac_exporters.heads import find_head
 from lorac_exporters.inject import describe, inject
-from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig, Network, Plan
 from lorac_exporters.preprocessing import add_preprocessing
 from lorac_exporters.rewrites import rewrite_for_training
 from lorac_runtime.errors import ConversionError

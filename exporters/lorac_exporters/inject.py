@@ -15,7 +15,7 @@ import onnx_ir as ir
 from lorac_exporters.canonical import Canonical
 from lorac_exporters.graph_tools import array, constant, convolutions, layer_name, nodes_of
 from lorac_exporters.heads import find_head
-from lorac_exporters.plan import ConvLayer, Network, Plan
+from lorac_exporters.plan import Layer, Network, Plan
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import Adapter, Trainable
@@ -135,7 +135,7 @@ def _scaled(graph: ir.Graph, arranged: ir.Value, adapter: Adapter, values: dict[
     return [scale_node, delta]
 
 
-def _conv_layer(node: ir.Node) -> ConvLayer:
+def _conv_layer(node: ir.Node) -> Layer:
     weight, bias = node.inputs[1], node.inputs[2]
     assert weight is not None
     assert bias is not None
@@ -143,7 +143,7 @@ def _conv_layer(node: ir.Node) -> ConvLayer:
     if shape is None:
         raise ConversionError(f"the weight of convolution {node.name} is computed in the graph, not stored")
     shared = len(weight.uses()) > 1
-    return ConvLayer(
+    return Layer(
         name=layer_name(str(weight.name)),
         weight=str(weight.name),
         bias=None if shared else str(bias.name),

@@ -19,7 +19,8 @@ from lorac_exporters.graph_tools import float_array, to_bytes
 from lorac_exporters.graphs import Graphs
 from lorac_exporters.inject import describe, starting_values
 from lorac_exporters.memory import Peak, peak
-from lorac_exporters.plan import METHODS, LoraConfig, Network, Plan
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig, Network, Plan
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import ArtifactError, ConversionError

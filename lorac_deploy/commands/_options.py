@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
+from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import BIASES, SMALL_LAYERS, LoraConfig
 from lorac_runtime.delta import LAYOUTS, RANK_MODES
 from lorac_runtime.manifest import LOSSES, OPTIMIZERS, TrainingDefaults
@@ -118,8 +119,7 @@ def lora_given(args: argparse.Namespace) -> dict[str, Any]:
 
 def idle_lora_options(method: str, args: argparse.Namespace) -> list[str]:
     """The LoRA-C options given that change nothing under ``method``, by field."""
-    applying = {"lora-c": set(lora_given(args)), "full": {"blocks"}}
-    return [name for name in lora_given(args) if name not in applying.get(method, set())]
+    return [name for name in lora_given(args) if name not in METHODS[method].options]
 
 
 def add_device_options(p: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from lorac_exporters.artifact import ArtifactConfig, ExportReport
 from lorac_exporters.base_tflite import TFLITE_CHOICES
 from lorac_exporters.branches import FORM_CHOICES
 from lorac_exporters.engine_files import ENGINE_CHOICES
-from lorac_exporters.plan import METHODS
+from lorac_exporters.methods import METHODS
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import BN_POLICIES
 

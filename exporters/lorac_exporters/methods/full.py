@@ -1,0 +1,27 @@
+"""Full fine-tuning: every weight, or every weight of some blocks."""
+
+from __future__ import annotations
+
+from lorac_exporters.blocks import inside
+from lorac_exporters.methods import parts
+from lorac_exporters.methods.method import Method
+from lorac_exporters.plan import LoraConfig, Network, Plan, layer_of
+
+
+def plan_full(network: Network, config: LoraConfig) -> Plan:
+    """Every parameter: all layers, the head, and BN affine tensors where BN was not folded.
+
+    Raises ValueError if one of ``config.blocks`` names no layer that could train.
+    """
+    more = [*network.others, *parts.affine(network, LoraConfig())]
+    parts.check_blocks(network, config, *more)
+    convs = parts.usable([layer for layer in network.convs if layer.weight != network.head_weight[0]], config)
+    trainables = [*parts.weights(convs), *parts.biases(convs)]
+    for linear in parts.usable(network.linears, config):
+        trainables += [*parts.weights([linear]), *parts.biases([linear])]
+    trainables += [t for t in more if inside(layer_of(t.name), config.blocks)]
+    trainables += parts.head(network, config, with_bias=True)
+    return Plan("full", (), tuple(trainables), parts.frozen(network, config, trainables, "cannot train"))
+
+
+METHODS = (Method("full", "every weight and bias", plan_full, frozenset({"blocks"})),)
