@@ -29,6 +29,8 @@ COMMANDS: dict[str, Command] = {
         "lorac_deploy.commands.export", "write an artifact's network as a TFLite or ONNX file, an adapter fused into it"
     ),
     "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),
+    "advise": Command("lorac_deploy.commands.advise", "choose method and block for the drift in local data"),
+    "study": Command("lorac_deploy.commands.study", "compare methods over drifts, sizes and seeds"),
     "verify": Command("lorac_deploy.commands.verify", "check that a fused file is a drop-in for its base"),
     "certify": Command(
         "lorac_deploy.commands.certify", "compare the answers of PyTorch, ONNX and TFLite on real images"

@@ -1,0 +1,1 @@
+"""Which method and block suit a drift: gradient norms rank the blocks, short trials decide."""
