@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorac_deploy.checkpoint import save_checkpoint
+from lorac_deploy.checkpoint import CONFIG, save_checkpoint
 from lorac_deploy.models import ModelSpec, build, load_weights
 from lorac_runtime.manifest import InputSpec
 
@@ -42,8 +42,18 @@ def local_and_test(count: int, seed: int, folder: Path = DATA) -> tuple[tuple[Im
 
 def resnet20_checkpoint(out: Path, folder: Path = DATA) -> Path:
     """The pretrained ResNet-20 as a checkpoint folder."""
-    spec = ModelSpec(name="resnet20", classes=10)
-    module = build(spec)
-    load_weights(module, folder / "weights" / "resnet20_cifar10_akamaster.safetensors")
-    save_checkpoint(out, module, spec, input_spec=INPUT, class_names=NAMES, metrics={})
+    return pretrained_checkpoint(out, "resnet20", folder)
+
+
+def pretrained_checkpoint(out: Path, name: str, folder: Path = DATA, *, classes: int = 10) -> Path:
+    """A pretrained network as a checkpoint folder, made where it is not there yet.
+
+    With other than 10 ``classes`` its head is a fresh one.
+    """
+    if not (out / CONFIG).is_file():
+        spec = ModelSpec(name=name, classes=classes)
+        module = build(spec)
+        load_weights(module, folder / "weights" / f"{name}_cifar10_akamaster.safetensors")
+        names = NAMES if classes == 10 else tuple(str(i) for i in range(classes))
+        save_checkpoint(out, module, spec, input_spec=INPUT, class_names=names, metrics={})
     return out

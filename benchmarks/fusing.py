@@ -25,7 +25,7 @@ from benchmarks.environment import environment
 from lorac_deploy.models import ModelSpec, build
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.tflite.config import WEIGHTS, Weights
+from lorac_exporters.tflite_config import WEIGHTS, Weights
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.adapter import load_adapter
 from lorac_runtime.config import FORMATS

@@ -30,7 +30,7 @@ def variants(model: str) -> dict[str, ArtifactConfig]:
         "rk": dataclasses.replace(lora, rank_mode="rk"),
         "freeze-a": dataclasses.replace(lora, freeze_a=True),
         "paper": dataclasses.replace(lora, layout="paper"),
-        "last": dataclasses.replace(lora, freeze_a=True, blocks=last),
+        "last": dataclasses.replace(lora, freeze_a=True, blocks=(*last, "head")),
     }
     configs = {name: ArtifactConfig(lora=config, engine="both") for name, config in loras.items()}
     configs |= {form: ArtifactConfig(lora=lora, engine="onnxruntime", form=form) for form in ("weight", "branch")}

@@ -37,8 +37,9 @@ def counts(text: str) -> list[int]:
 def models(text: str) -> list[str]:
     """Names of models, comma-separated."""
     names = text.split(",")
-    if unknown := [name for name in names if name not in MODELS]:
-        raise argparse.ArgumentTypeError(f"no model {', '.join(unknown)}: choose from {', '.join(MODELS)}")
+    known = [name for name, architecture in MODELS.items() if architecture.axes == 3]  # of images
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"no model {', '.join(unknown)}: choose from {', '.join(known)}")
     return names
 
 

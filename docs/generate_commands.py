@@ -19,8 +19,11 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Every command line of the project, by what a user types."""
     from lorac_deploy.cli import COMMANDS
     from lorac_runtime.cli import parser as finetune
+    from lorac_runtime.domains_cli import parsers as domains
 
     found = {"python runtime/ort_finetune.py (or lorac-finetune)": finetune()}
+    for action, its in domains().items():
+        found[f"python runtime/ort_domains.py STORE {action} (or lorac-domains STORE {action})"] = its
     for name, command in COMMANDS.items():
         module = importlib.import_module(command.module)
         own: argparse.ArgumentParser = module.parser()
@@ -56,7 +59,7 @@ def _call(action: argparse.Action) -> str:
 
 
 def _help(action: argparse.Action, prog: str) -> str:
-    return ((action.help or "") % {**vars(action), "prog": prog}).replace("|", "\\|")
+    return ((action.help or "") % {**vars(action), "prog": prog}).replace("|", "\\|").replace("\n", "<br>")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Where labelled images come from: scikit-learn's digits, torchvision's CIFAR, `.npz` files, class folders.
+"""Where labelled data come from: scikit-learn's digits, torchvision's CIFAR, `.npz` files, class folders.
 
 Each reader gives images (height, width, channels) uint8 as they are stored, labels, and class names;
-`lorac_deploy.data` brings them to one size and number of channels.
+`lorac_deploy.data` brings them to one size and number of channels. An `.npz` file may hold signals instead: float32
+(n, features) or (n, channels, length).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import pickle
 import struct
 import urllib.error
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import PIL.ImageOps
 
 from lorac_runtime.data import read_npz, stratified_split
 from lorac_runtime.errors import DataError, listed
+from lorac_runtime.signals import as_signals
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -45,9 +48,9 @@ class Request:
 
 
 class Raw(NamedTuple):
-    """Images as stored: a list, or one array (n, height, width, channels); labels (n,); class names."""
+    """Images as stored, a list or an array (n, height, width, channels), or an array of signals; labels; names."""
 
-    images: Sequence[Pixels] | npt.NDArray[np.uint8]
+    images: Sequence[Pixels] | npt.NDArray[Any]
     labels: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
 
@@ -113,15 +116,28 @@ NAMED: dict[str, Callable[[Request], Raw]] = {"digits": _digits, "cifar10": _cif
 
 def _npz(path: Path, request: Request) -> Raw:
     _require_train(path, request.split)
-    images, labels = read_npz(path)
-    if images.dtype != np.uint8:
+    key = _key(path)
+    images, labels = read_npz(path, key)
+    if key == "images" and images.dtype != np.uint8:
         raise DataError(f"images of {path} are {images.dtype}, expected uint8, 0 to 255, not normalised")
-    if len(images) != len(labels) or labels.ndim != 1:
-        raise DataError(
-            f"{path} holds {len(images)} images and labels of shape {labels.shape}, expected one label each"
-        )
-    images, labels = _as_nhwc(path, images), _class_numbers(path, labels)
+    if labels.ndim != 1 or images.shape[:1] != labels.shape:
+        count = len(np.atleast_1d(images))
+        raise DataError(f"{path} holds {count} {key} and labels of shape {labels.shape}, expected one label each")
+    images = as_signals(path, images) if key == "samples" else _as_nhwc(path, images)
+    labels = _class_numbers(path, labels)
     return Raw(images, labels, tuple(str(number) for number in range(int(labels.max(initial=0)) + 1)))
+
+
+def _key(path: Path) -> str:
+    """``samples`` where an archive holds signals, else ``images``; what is wrong with a file, reading it tells."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return "images"
+    if {"images.npy", "samples.npy"} <= names:
+        raise DataError(f"{path} holds images and samples; give two files, a network takes one of them")
+    return "samples" if "samples.npy" in names else "images"
 
 
 def _as_nhwc(path: Path, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

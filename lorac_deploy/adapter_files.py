@@ -7,7 +7,8 @@ moves between the two by scaling the rows of ``lora_b``; fully trained weights a
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, cast
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorac_deploy.batchnorm import bn_tensors
-from lorac_deploy.folding import array, conv_bn_pairs
+from lorac_deploy.folding import array, conv_bn_pairs, is_folded
 from lorac_deploy.lora import (
     adapter_tensors,
     detach,
@@ -29,11 +30,14 @@ from lorac_deploy.lora import (
 )
 from lorac_deploy.lora_report import AttachReport
 from lorac_deploy.structure import describe
-from lorac_deploy.unfolding import Tensors, unfold
-from lorac_exporters.plan import LoraConfig
+from lorac_deploy.unfolding import Tensors, as_shifts, unfold
+from lorac_exporters.methods.paca import partial_metadata
+from lorac_exporters.modules.additions import module_metadata
+from lorac_exporters.plan import Layer, LoraConfig, SmallLayers
 from lorac_runtime.adapter import FORMAT, SCHEMA, AdapterFile, load_adapter, save_adapter
 from lorac_runtime.delta import Layout, RankMode
 from lorac_runtime.errors import AdapterError, ConversionError, listed
+from lorac_runtime.expected import channels_digest
 from lorac_runtime.manifest import BnPolicy
 
 Coordinates = Literal["folded", "unfolded"]
@@ -61,6 +65,11 @@ def save_module_adapter(path: Path, module: nn.Module, *, model: str) -> None:
     Raises ValueError if ``module`` is not prepared (`lorac_deploy.lora.attach`); OutputError if it cannot be written.
     """
     report = report_of(module)
+    if is_folded(module) and _trains_batchnorm(module, report):
+        raise ValueError(
+            "this network was folded by fold_batchnorm and trains a batch normalisation that was left: no coordinates "
+            "hold for both. Train the network as it was before folding"
+        )
     tensors = adapter_tensors(module) | ({} if report.bn_policy == "frozen" else bn_tensors(module))
     save_adapter(path, {n: array(t.float()) for n, t in tensors.items()}, _metadata(module, report, model))
 
@@ -80,9 +89,13 @@ def load_module_adapter(path: Path, module: nn.Module, *, pairs: Mapping[str, st
     tensors = {n: v for n, v in file.tensors.items() if n not in statistics}
     problems = _setting_problems(module, report, file.metadata)
     problems += _statistics_problems(report, {n: tuple(v.shape) for n, v in known.items()}, statistics)
+    unfolding, found = not problems and file.metadata["coordinates"] == "folded", {}
+    if unfolding:
+        if _needs_unfolding(module, report, file):
+            found = conv_bn_pairs(module) if pairs is None else dict(pairs)
+        tensors = as_shifts(found, tensors, trained)
     problems += tensor_problems(report, _torch(tensors)) + _bias_advice(module, tensors)
-    if not problems and _needs_unfolding(module, report, file):
-        found = conv_bn_pairs(module) if pairs is None else pairs
+    if unfolding and not problems:
         tensors, problems = unfold(module, found, tensors, statistics)
     if problems:
         raise AdapterError(listed(f"{path} does not fit this network:", problems))
@@ -93,8 +106,16 @@ def load_module_adapter(path: Path, module: nn.Module, *, pairs: Mapping[str, st
             state[name].copy_(value)
 
 
-def attach_adapter(path: Path, module: nn.Module, *, pairs: Mapping[str, str] | None = None) -> AttachReport:
+def attach_adapter(
+    path: Path,
+    module: nn.Module,
+    *,
+    pairs: Mapping[str, str] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+) -> AttachReport:
     """Prepare a plain ``module`` as an adapter file says (method, rank, layout, BN policy, ...) and load it.
+
+    ``input_shape``, the shape of a sample, is needed where it was trained in the blocks front, middle or rear.
 
     Raises ValueError if ``module`` is already prepared; otherwise as `load_module_adapter`, after which ``module`` is
     plain again.
@@ -104,7 +125,7 @@ def attach_adapter(path: Path, module: nn.Module, *, pairs: Mapping[str, str] | 
     config = _config(module, file)
     require_plain(module)
     try:
-        select_trainable(module, file.metadata.get("method", ""), config, bn_policy=policy)
+        select_trainable(module, file.metadata.get("method", ""), config, bn_policy=policy, input_shape=input_shape)
     except ValueError as err:
         raise AdapterError(f"{path} cannot be attached to this network: {err}") from err
     try:
@@ -130,11 +151,18 @@ def _metadata(module: nn.Module, report: AttachReport, model: str) -> dict[str, 
         "coordinates": _own_coordinates(module, report),
         "base_sha256": "",
         "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
+        **partial_metadata(report.partials, config),
+        **module_metadata(report.modules, config),
     }
 
 
 def _own_coordinates(module: nn.Module, report: AttachReport) -> Coordinates:
-    return "unfolded" if report.bn_policy == "batch" else coordinates(module)
+    live = report.bn_policy == "batch" or (not is_folded(module) and _trains_batchnorm(module, report))
+    return "unfolded" if live else coordinates(module)
+
+
+def _trains_batchnorm(module: nn.Module, report: AttachReport) -> bool:
+    return any(name in report.full for name in bn_tensors(module))
 
 
 def _needs_unfolding(module: nn.Module, report: AttachReport, file: AdapterFile) -> bool:
@@ -143,6 +171,9 @@ def _needs_unfolding(module: nn.Module, report: AttachReport, file: AdapterFile)
 
 def _setting_problems(module: nn.Module, report: AttachReport, metadata: Mapping[str, str]) -> list[str]:
     wanted = {"format": FORMAT, "schema": SCHEMA, "method": report.method, "bn_policy": report.bn_policy}
+    if report.partials:
+        wanted["channels"] = channels_digest(report.partials)
+    wanted |= module_metadata(report.modules, report.config)
     if report.adapters:
         wanted |= {"layout": report.config.layout, "r": str(report.config.rank)}
         wanted |= {} if report.config.learnable_alpha else {"alpha": repr(report.config.effective_alpha)}
@@ -194,8 +225,9 @@ def _config(module: nn.Module, file: AdapterFile) -> LoraConfig:
     """The settings that a file was trained with; which biases and small layers train shows in its tensors."""
     m, network = file.metadata, describe(module)
     head_bias = network.head_bias[0] if network.head_bias else ""
-    biases = [n for n in file.tensors if n in {c.bias for c in network.convs}]
-    weights = [n for n in file.tensors if n in {c.weight for c in network.convs[1:]}]
+    biases = file.tensors.keys() & {layer.bias for layer in network.body}
+    chosen = network.body if "share" in m else network.body[1:]  # whose size decides whether they train in full
+    linear = {name for c in network.linears for name in (c.weight, c.bias, f"{c.name}.lora_b")}
     try:
         return LoraConfig(
             rank=int(m.get("r") or 1),
@@ -204,12 +236,27 @@ def _config(module: nn.Module, file: AdapterFile) -> LoraConfig:
             layout=cast(Layout, m.get("layout") or "spatial"),
             learnable_alpha=any(n.endswith(".lora_alpha") for n in file.tensors),
             biases="all" if biases else ("head" if head_bias in file.tensors else "none"),
-            small_layers="full" if weights else "frozen",
+            small_layers=_small_layers(chosen, file.tensors),
             freeze_a=m.get("freeze_a") == "true",
+            linear=bool(network.convs and linear & file.tensors.keys()),
             blocks=tuple(m["blocks"].split(",")) if m.get("blocks") else (),
+            share=float(m.get("share") or LoraConfig().share),
+            reduction=int(m.get("reduction") or LoraConfig().reduction),
+            seed=int(m.get("seed") or 0),
         )
     except ValueError as err:
         raise AdapterError(f"this adapter file's metadata cannot be used: {err}") from err
+
+
+def _small_layers(layers: Iterable[Layer], tensors: Tensors) -> SmallLayers:
+    """What became of layers whose adapter is not smaller than their weight, as far as the tensors show it."""
+    chosen = list(layers)
+    if any(layer.weight in tensors for layer in chosen):
+        return "full"
+    adapters = {c.name: [tensors.get(f"{c.name}.lora_{leaf}") for leaf in "ab"] for c in chosen}
+    sizes = {name: sum(t.size for t in pair if t is not None) for name, pair in adapters.items()}
+    large = any(sizes[layer.name] >= math.prod(layer.shape) for layer in chosen)
+    return "adapter" if large else "frozen"
 
 
 def _torch(tensors: Tensors) -> dict[str, torch.Tensor]:

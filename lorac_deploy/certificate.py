@@ -18,7 +18,9 @@ from torch import nn
 from lorac_deploy.adapter_files import attach_adapter
 from lorac_deploy.batches import batch_count
 from lorac_deploy.checkpoint import WEIGHTS, Checkpoint, load_checkpoint
+from lorac_deploy.folding import fold_batchnorm
 from lorac_deploy.lora import fuse
+from lorac_deploy.structure import tensor_name
 from lorac_exporters import dropin
 from lorac_exporters.certificate import Answers, Array, Certificate, Images, Pair, Tolerance, compare
 from lorac_exporters.running import REFUSALS
@@ -69,7 +71,7 @@ def certify(
     agreement: float | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> Certified:
-    """Compare all that there is of a network on raw ``images``, uint8 (n, height, width, channels).
+    """Compare all that there is of a network on raw ``images`` uint8 (n, height, width, channels), or signals (n, ...).
 
     ``artifact`` holds base.onnx and base.tflite, ``fused`` what the device made of them: fused.onnx, fused.tflite and
     adapter.safetensors. ``checkpoint`` is the PyTorch network that the artifact was made from; the adapter is merged
@@ -169,7 +171,7 @@ def _matching(folder: Path, manifest: Manifest) -> Checkpoint:
     given, wanted = checkpoint.input, manifest.input
     problems = [
         f"{name}: {getattr(given, name)}, the artifact has {getattr(wanted, name)}"
-        for name in ("shape", "scale", "mean", "std")
+        for name in ("shape", "dtype", "scale", "mean", "std")
         if getattr(given, name) != getattr(wanted, name)
     ]
     if len(checkpoint.class_names) != manifest.output.classes:
@@ -184,9 +186,12 @@ def _torch_model(folder: Path, manifest: Manifest, adapter: Path | None) -> Mode
     checkpoint = _matching(folder, manifest)
     module: nn.Module = checkpoint.module
     if adapter is not None:
-        check_adapter(manifest, load_adapter(adapter))
-        attach_adapter(adapter, module)
-        module = fuse(module)
+        file = load_adapter(adapter)
+        check_adapter(manifest, file)
+        if set(file.tensors) & _biases_of_folding(module):
+            module = fold_batchnorm(module)  # only a folded network has them
+        report = attach_adapter(adapter, module, input_shape=checkpoint.input.shape)
+        module = module.eval() if report.modules else fuse(module)
     spec = dataclasses.replace(checkpoint.input, in_graph=False)
 
     def answers(images: Images) -> dict[str, Array]:
@@ -195,6 +200,12 @@ def _torch_model(folder: Path, manifest: Manifest, adapter: Path | None) -> Mode
         return {manifest.output.name: logits.numpy()}
 
     return Model(answers, "float32", str(folder), mf.sha256(folder / WEIGHTS))
+
+
+def _biases_of_folding(module: nn.Module) -> set[str]:
+    """Names of biases that convolutions do not have, but get where batch normalisation is folded into them."""
+    layers = module.named_modules()
+    return {tensor_name(name, "bias") for name, layer in layers if getattr(layer, "bias", "none here") is None}
 
 
 def _versions() -> dict[str, str]:

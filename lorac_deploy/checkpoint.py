@@ -15,11 +15,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorac_deploy.lora_layers import LoraConv
-from lorac_deploy.models import ModelSpec, build
+from lorac_deploy.lora_layers import LoraLayer
+from lorac_deploy.models import AXES, MODELS, ModelSpec, build
+from lorac_deploy.partial_layers import PartialLayer
 from lorac_runtime.errors import CheckpointError, listed
 from lorac_runtime.files import output_folder, staged
 from lorac_runtime.manifest import InputSpec, sha256
+from lorac_runtime.manifest_checks import input_problems
 from lorac_runtime.schema import decode
 
 FORMAT = "lorac-checkpoint"
@@ -111,7 +113,7 @@ def _require_consistent(
     class_names: tuple[str, ...],
     metrics: Mapping[str, float],
 ) -> None:
-    if any(isinstance(part, LoraConv) for part in module.modules()):
+    if any(isinstance(part, LoraLayer | PartialLayer) for part in module.modules()):
         raise ValueError("a checkpoint holds a plain network: save fuse(module), or detach(module) first")
     problems = _contradictions(spec, input_spec, class_names)
     with torch.device("meta"):
@@ -122,16 +124,12 @@ def _require_consistent(
 
 
 def _contradictions(spec: ModelSpec, input_spec: InputSpec, class_names: tuple[str, ...]) -> list[str]:
-    problems = []
-    channels = input_spec.shape[0]
-    if channels != spec.channels:
-        problems.append(f"input: {channels} channels, the model takes {spec.channels}")
-    if len(input_spec.mean) != channels or len(input_spec.std) != channels:
-        problems.append(f"input: mean and std need {channels} values each (one per channel)")
-    elif not all(s > 0 for s in input_spec.std):
-        problems.append("input: std must be positive")
-    if min(input_spec.shape) < 1:
-        problems.append(f"input: shape {input_spec.shape} must be positive")
+    problems = input_problems(input_spec)
+    axes = MODELS[spec.name].axes
+    if len(input_spec.shape) == axes and input_spec.shape[0] != spec.channels:
+        problems.append(f"input: {input_spec.shape[0]} channels, the model takes {spec.channels}")
+    elif len(input_spec.shape) != axes and not problems:
+        problems.append(f"input: shape {input_spec.shape}, the model takes {AXES[axes]}")
     if len(class_names) != spec.classes:
         problems.append(f"class_names: {len(class_names)} names for {spec.classes} classes")
     return problems

@@ -1,4 +1,4 @@
-"""Labelled images for training in PyTorch: data sets by name, `.npz` files, class folders."""
+"""Labelled images and signals for training in PyTorch: data sets by name, `.npz` files, class folders."""
 
 from __future__ import annotations
 
@@ -41,20 +41,26 @@ NORMALIZATIONS: dict[str, Statistics] = {
 class Dataset:
     """``images`` uint8 (n, height, width, 1 or 3); ``labels`` int64 (n,), numbers of ``class_names``.
 
+    Signals stand in ``images`` too: float32 (n, features) or (n, channels, length).
+
     Raises DataError where these do not fit together.
     """
 
-    images: npt.NDArray[np.uint8]
+    images: npt.NDArray[Any]
     labels: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] not in (1, 3):
+        fits = self.images.ndim == 4 and self.images.shape[3] in (1, 3)
+        if not (fits if self.is_image else self.images.dtype == np.float32 and self.images.ndim in (2, 3)):
             found = f"{self.images.dtype} {self.images.shape}"
-            raise DataError(f"images must be uint8 (n, height, width, 1 or 3), got {found}")
+            raise DataError(
+                "images must be uint8 (n, height, width, 1 or 3), signals float32 (n, features) or (n, channels, "
+                f"length), got {found}"
+            )
         if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
             found = f"{self.labels.dtype} {self.labels.shape}"
-            raise DataError(f"{len(self.images)} images need as many int64 labels, got {found}")
+            raise DataError(f"{len(self.images)} {self.key} need as many int64 labels, got {found}")
         last = len(self.class_names) - 1
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() <= last:
             raise DataError(f"labels must be 0 to {last}, got {self.labels.min()} to {self.labels.max()}")
@@ -63,10 +69,20 @@ class Dataset:
         return len(self.labels)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width), as `InputSpec` has it."""
-        height, width, channels = self.images.shape[1:]
-        return channels, height, width
+    def is_image(self) -> bool:
+        """Whether these are images; otherwise signals."""
+        return self.images.dtype == np.uint8
+
+    @property
+    def key(self) -> str:
+        """What they are called in messages."""
+        return "images" if self.is_image else "samples"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of images, (features,) or (channels, length) of signals, as `InputSpec` has it."""
+        sizes = self.images.shape[1:]
+        return (sizes[-1], *sizes[:-1]) if self.is_image else sizes
 
     def select(self, indices: npt.NDArray[Any]) -> Dataset:
         """The images at ``indices``, in that order.
@@ -83,7 +99,7 @@ def load_dataset(
     *,
     split: Split = "train",
     size: tuple[int, int] | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     root: Path | None = None,
     download: bool = False,
 ) -> Dataset:
@@ -93,7 +109,9 @@ def load_dataset(
     always the same ones), ``cifar10`` or ``cifar100`` (torchvision's files in the folder ``root``, fetched there
     with ``download``), an ``.npz`` file (``images`` uint8 NHWC, NCHW or NHW, ``labels`` integers), or a folder with
     one sub-folder of image files per class, perhaps below ``train/`` and ``test/``. ``size`` is (height, width):
-    images are stretched to it (None: as stored; digits 32 x 32).
+    images are stretched to it (None: as stored; digits 32 x 32). ``channels`` is 1 or 3 (None: 3). An ``.npz`` file
+    of signals holds ``samples`` instead of ``images``, finite floats (n, features) or (n, channels, length), which are
+    taken as they are: without size and channels.
 
     Raises DataError for what cannot be read, ValueError for arguments outside their range.
 
@@ -103,16 +121,23 @@ def load_dataset(
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    if channels not in (1, 3):
+    if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be positive, got {size}")
     if size is None and name_or_path == "digits":
         size = DIGITS_SIZE
-    raw = read(Request(str(name_or_path), split, size, channels, root, download))
+    raw = read(Request(str(name_or_path), split, size, channels or 3, root, download))
     if not len(raw.images):
         raise DataError(f"{name_or_path} holds no images")
-    return Dataset(_fit(raw.images, size, channels), raw.labels, raw.class_names)
+    if isinstance(raw.images, np.ndarray) and raw.images.dtype == np.float32:
+        if size is not None or channels is not None:
+            raise DataError(
+                f"{name_or_path} holds signals, {raw.images.shape[1:]} each, which have neither the size nor the "
+                "channels of an image"
+            )
+        return Dataset(raw.images, raw.labels, raw.class_names)
+    return Dataset(_fit(raw.images, size, channels or 3), raw.labels, raw.class_names)
 
 
 def has_test_split(name_or_path: str | Path) -> bool:
@@ -165,16 +190,21 @@ def with_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     )
 
 
-def input_spec(images: npt.NDArray[np.uint8], normalization: str = "data") -> InputSpec:
+def input_spec(images: npt.NDArray[Any], normalization: str = "data") -> InputSpec:
     """How a network is to see images of this shape: pixels / 255, then a mean and a std per channel.
 
-    ``normalization`` is one of `NORMALIZATIONS`, or ``data`` for the statistics of ``images`` (n, h, w, c).
+    ``normalization`` is one of `NORMALIZATIONS`, or ``data`` for the statistics of ``images`` (n, h, w, c). Signals,
+    float32 (n, channels, length), get a mean and a std per channel, those of (n, features) one for all features.
 
     >>> input_spec(np.array([[[[0]]], [[[255]]]], np.uint8)).mean
     (0.5,)
+    >>> input_spec(np.array([[[1, 3]], [[5, 7]]], np.float32)).mean
+    (4.0,)
 
-    Raises ValueError for another name, or a named one with images of one channel.
+    Raises ValueError for another name, or a named one with images of one channel or with signals.
     """
+    if images.dtype != np.uint8:
+        return _signal_spec(images, normalization)
     height, width, channels = images.shape[1:]
     if normalization == "data":
         mean, std = _statistics(images)
@@ -189,10 +219,21 @@ def input_spec(images: npt.NDArray[np.uint8], normalization: str = "data") -> In
     return InputSpec(name="input", shape=(channels, height, width), scale=1 / 255, mean=mean, std=std)
 
 
+def _signal_spec(samples: npt.NDArray[np.float32], normalization: str) -> InputSpec:
+    if normalization != "data":
+        raise ValueError(f"normalization {normalization!r} is one of images; signals have their own statistics: data")
+    axes = None if samples.ndim == 2 else (0, 2)
+    mean = np.atleast_1d(samples.mean(axes, np.float64))
+    std = np.atleast_1d(samples.std(axes, np.float64))
+    std[std == 0] = 1.0  # what never changes cannot be divided by its spread
+    shape = tuple(int(size) for size in samples.shape[1:])
+    return InputSpec("input", shape, 1.0, tuple(mean.tolist()), tuple(std.tolist()), dtype="float32")
+
+
 def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(training part, validation part): ``fraction`` of every class held out, always the same for a ``seed``.
 
-    Raises ValueError for a fraction outside [0, 1), DataError where there are too few images.
+    Raises ValueError for a fraction outside [0, 1), DataError where there are too few samples.
     """
     train, held_out = stratified_split(dataset.labels, fraction, seed)
     return dataset.select(train), dataset.select(held_out)

@@ -1,4 +1,4 @@
-"""`export_training_artifact`: from a checkpoint or any ONNX CNN to the folder that a device trains with."""
+"""`export_training_artifact`: from a checkpoint or any ONNX classifier to the folder that a device trains with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -21,8 +21,9 @@ from lorac_exporters.onnx_file import read_graph
 from lorac_exporters.shapes import fix_image_size
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.data import load_data
-from lorac_runtime.errors import ConversionError
+from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.manifest_checks import input_problems
 
 log = logging.getLogger(__name__)
 PIXEL_SCALE = 1 / 255
@@ -32,14 +33,16 @@ PIXEL_SCALE = 1 / 255
 class OnnxSource:
     """A user's own ONNX classifier and what its file does not say.
 
-    ``mean`` and ``std`` are per channel, in units of ``pixel * scale``. ``num_classes`` other than the graph's
-    output width replaces the head (None keeps it). ``size`` is (height, width) where the file leaves it open.
+    What it takes is told by the axes of its input: images, uint8, by four; float32 signals (batch, channels, length)
+    or (batch, features) by fewer. ``mean`` and ``std`` are per channel (one for all features), in units of ``value *
+    scale``; ``scale`` None is 1/255 for images, 1 for signals. ``num_classes`` other than the graph's output width
+    replaces the head (None keeps it). ``size`` is (height, width) where the file leaves it open.
     """
 
     path: Path
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    scale: float = PIXEL_SCALE
+    scale: float | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     size: tuple[int, int] | None = None
@@ -59,8 +62,8 @@ def export_training_artifact(
 
     ``source`` is a checkpoint folder (`lorac-deploy train`) or an `OnnxSource`. ``adapter`` starts the device
     from an adapter trained in PyTorch. ``input_uint8`` puts normalisation into the graph, which then takes raw
-    uint8 images, (N, H, W, C). ``calibration``: images (an ``.npz`` file or class folders) from which an int8
-    base.tflite takes its ranges.
+    uint8 images, (N, H, W, C). ``calibration``: images (an ``.npz`` file or class folders) or signals (``.npz``) from
+    which an int8 base.tflite takes its ranges.
 
     Raises ConversionError, CheckpointError, AdapterError, DataError, OutputError; see `lorac_runtime.errors`.
     ValueError if ``calibration`` and ``config.tflite`` do not go together.
@@ -100,9 +103,9 @@ class _Given:
     new_head: bool = False
 
 
-def _images(path: Path, given: _Given) -> npt.NDArray[np.uint8]:
-    """The images of local data, uint8 (N, H, W, C); their labels do not matter here."""
-    return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=1).images
+def _images(path: Path, given: _Given) -> npt.NDArray[Any]:
+    """The images (or signals) of local data, as `LocalData` has them; their labels do not matter here."""
+    return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=0).images
 
 
 def _from_checkpoint(folder: Path) -> _Given:
@@ -125,12 +128,18 @@ def _from_onnx(source: OnnxSource) -> _Given:
 
 def _input_spec(model: ir.Model, source: OnnxSource) -> InputSpec:
     shape = _input_shape(model, source)
-    if len(source.mean) != shape[0] or len(source.std) != shape[0]:
+    dtype, scale = ("uint8", PIXEL_SCALE) if len(shape) == 3 else ("float32", 1.0)
+    scale = scale if source.scale is None else source.scale
+    spec = InputSpec(str(model.graph.inputs[0].name), shape, scale, source.mean, source.std, dtype=dtype)
+    if len(source.mean) != spec.channels or len(source.std) != spec.channels:
         raise ConversionError(
-            f"{source.path} takes {shape[0]} channels, but mean has {len(source.mean)} values and std "
-            f"{len(source.std)}; give one value per channel"
+            f"{source.path} takes {'features' if len(shape) == 1 else f'{shape[0]} channels'}, but mean has "
+            f"{len(source.mean)} values and std {len(source.std)}; give one value per channel (of features one for all)"
         )
-    return InputSpec(str(model.graph.inputs[0].name), shape, source.scale, source.mean, source.std)
+    problems = input_problems(spec)
+    if problems:
+        raise ConversionError(listed(f"the input of {source.path} cannot be used:", problems))
+    return spec
 
 
 def _class_names(source: OnnxSource, classes: int) -> tuple[str, ...]:
@@ -140,10 +149,15 @@ def _class_names(source: OnnxSource, classes: int) -> tuple[str, ...]:
     return names
 
 
-def _input_shape(model: ir.Model, source: OnnxSource) -> tuple[int, int, int]:
+def _input_shape(model: ir.Model, source: OnnxSource) -> tuple[int, ...]:
     dims = static_dims(model.graph.inputs[0])
-    if dims is None or len(dims) != 4 or dims[1] is None:
-        raise ConversionError(f"{source.path}: input must be (batch, channels, height, width), the file says {dims}")
-    if dims[2] is None or dims[3] is None:
+    if dims is None or len(dims) not in (2, 3, 4) or dims[1] is None:
+        raise ConversionError(
+            f"{source.path}: input must be (batch, channels, height, width), or of signals (batch, channels, length) "
+            f"or (batch, features), the file says {dims}"
+        )
+    if len(dims) == 4 and None in dims[2:]:
         raise ConversionError(f"{source.path} leaves height and width open; say them with --size HEIGHT,WIDTH")
-    return dims[1], dims[2], dims[3]
+    if len(dims) == 3 and dims[2] is None:
+        raise ConversionError(f"{source.path} leaves the length of its signals open; export the model for one length")
+    return tuple(size for size in dims[1:] if size is not None)

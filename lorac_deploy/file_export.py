@@ -203,7 +203,7 @@ def _accuracy(name: str, logits: Floats, expected: Floats, tests: LocalData) -> 
     guesses = logits.argmax(1)
     return Accuracy(
         file=name,
-        accuracy=float(np.mean(guesses == tests.labels)),
+        accuracy=float(np.mean(guesses == tests.known_labels())),
         agreement=float(np.mean(guesses == expected.argmax(1))),
         max_difference=float(np.max(np.abs(logits - expected))),
     )

@@ -16,13 +16,17 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lorac_deploy.lora_layers import LoraConv
-from lorac_deploy.structure import shared_weights
+from lorac_deploy.lora_layers import LoraLayer
+from lorac_deploy.partial_layers import PartialLayer
+from lorac_deploy.structure import shared_weights, tensor_name
+from lorac_exporters.plan import Norm
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.folding import fold_conv
+from lorac_runtime.manifest import Trainable
 
 # What tracing raises for code whose path depends on values: torch.fx's own error is a ValueError.
 _TRACING_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError)
+_FOLDED = "_lorac_folded"  # attribute of the root module; a plain object, so state_dict() does not see it
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # nothing to do in evaluation mode
 
 
@@ -53,6 +57,28 @@ def conv_bn_pairs(module: nn.Module) -> dict[str, str]:
     return pairs
 
 
+def norm_layers(module: nn.Module) -> tuple[Norm, ...]:
+    """Every BN layer with a scale and a shift, and the convolution that a device's export folds it into.
+
+    >>> norm_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[0].conv
+    '0'
+
+    Raises ConversionError if the forward pass cannot be traced.
+    """
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, _BatchNorm) and m.affine}
+    pairs = conv_bn_pairs(module) if layers else {}
+    shapes = {name: (layer.num_features,) for name, layer in layers.items()}
+    return tuple(
+        Norm(
+            name,
+            Trainable(tensor_name(name, "weight"), shape, "bn_weight"),
+            Trainable(tensor_name(name, "bias"), shape, "bn_bias"),
+            pairs.get(name),
+        )
+        for name, shape in shapes.items()
+    )
+
+
 def fold_batchnorm(module: nn.Module, *, pairs: Mapping[str, str] | None = None) -> nn.Module:
     """A new network in evaluation mode, every BN that follows a convolution folded into it; same outputs.
 
@@ -65,7 +91,7 @@ def fold_batchnorm(module: nn.Module, *, pairs: Mapping[str, str] | None = None)
 
     Raises ValueError if the network holds adapters or ``pairs`` names other layers; ConversionError as above.
     """
-    if any(isinstance(part, LoraConv) for part in module.modules()):
+    if any(isinstance(part, LoraLayer | PartialLayer) for part in module.modules()):
         raise ValueError("fold first, then attach: this network already holds adapters; detach(module) takes them off")
     folded = copy.deepcopy(module).eval()
     for bn_name, conv_name in (conv_bn_pairs(module) if pairs is None else pairs).items():
@@ -77,12 +103,23 @@ def fold_batchnorm(module: nn.Module, *, pairs: Mapping[str, str] | None = None)
             )
         _fold(conv, bn)
         folded.set_submodule(bn_name, nn.Identity())
+    vars(folded)[_FOLDED] = True
     return folded
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Whether `fold_batchnorm` made this network.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> is_folded(net), is_folded(fold_batchnorm(net))
+    (False, True)
+    """
+    return _FOLDED in vars(module)
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _ConvNd | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _ConvNd | nn.Linear | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _called(node: fx.Node, layers: dict[str, nn.Module], kind: type[Any] | tuple[type[Any], ...]) -> bool:

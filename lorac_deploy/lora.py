@@ -14,6 +14,7 @@ lora-c: 1,168 trained of 2,938 parameters (39.75 %); 1 adapted layers, 2 tensors
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,13 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from lorac_deploy.batchnorm import apply_policy, restore_policy
-from lorac_deploy.lora_layers import LayerAdapter, LoraConv, LoraConv1d, LoraConv2d, adapt, merge, release
+from lorac_deploy.folding import norm_layers
+from lorac_deploy.lora_layers import LayerAdapter, LoraConv1d, LoraConv2d, LoraLayer, adapt, merge, release
 from lorac_deploy.lora_report import AttachReport, attach_report
+from lorac_deploy.partial_layers import PartialLayer, merge_channels, release_channels, take_channels
+from lorac_deploy.site_modules import add_modules, remove_modules
 from lorac_deploy.structure import describe
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
+from lorac_exporters.stages import needs_sizes
 from lorac_runtime.errors import AdapterError, listed
-from lorac_runtime.manifest import BN_POLICIES, BnPolicy
+from lorac_runtime.manifest import BnPolicy
 
 __all__ = [
     "METHODS",
@@ -66,17 +71,22 @@ def attach(
     bn_policy: BnPolicy = "frozen",
     stem: str | None = None,
     head: str | None = None,
+    input_shape: tuple[int, ...] | None = None,
 ) -> AttachReport:
     """Put LoRA-C on ``module``, in place: adapters on every convolution but the first, stem and head in full.
 
+    In a network without convolutions the fully connected layers take their part.
     Everything else stops training (``requires_grad`` False). With ``lora_b`` zero the outputs do not change.
     ``stem`` and ``head`` name those layers where the first convolution defined and the last nn.Linear (or a last
-    1x1 convolution) are not they. BN follows ``bn_policy`` (see `lorac_deploy.batchnorm.apply_policy`). Base keys of
-    the state dict stay; `detach` undoes all of it.
+    1x1 convolution) are not they. BN follows ``bn_policy`` (see `lorac_deploy.batchnorm.apply_policy`). Where
+    ``config.blocks`` holds front, middle or rear, ``input_shape`` must say what a sample is, such as (channels, height,
+    width). Base keys of the state dict stay; `detach` undoes all of it.
 
     Raises ValueError if the network already has adapters, no head can be found, or its BN cannot be frozen.
     """
-    return select_trainable(module, "lora-c", config, bn_policy=bn_policy, stem=stem, head=head)
+    return select_trainable(
+        module, "lora-c", config, bn_policy=bn_policy, stem=stem, head=head, input_shape=input_shape
+    )
 
 
 def select_trainable(
@@ -84,28 +94,34 @@ def select_trainable(
     method: str,
     config: LoraConfig,
     *,
-    bn_policy: BnPolicy = "frozen",
+    bn_policy: BnPolicy | None = None,
     stem: str | None = None,
     head: str | None = None,
+    input_shape: tuple[int, ...] | None = None,
 ) -> AttachReport:
-    """Prepare ``module``, in place, for a method of `METHODS`: ``lora-c``, ``head`` or ``full``.
+    """Prepare ``module``, in place, for a method of `METHODS`, such as ``lora-c`` or ``full``.
 
-    BN follows ``bn_policy`` (see `lorac_deploy.batchnorm.apply_policy`); its scale and shift train only under ``full``
-    with ``batch``, for elsewhere BN is a constant. `detach` undoes all of it.
+    BN follows ``bn_policy`` (see `lorac_deploy.batchnorm.apply_policy`), None is the method's own. Its scale and shift
+    train under ``batch`` if the method is ``full``, and with the methods made for them; elsewhere BN is a constant.
+    ``input_shape``, the shape of a sample, is needed where ``config.blocks`` holds front, middle or rear. `detach`
+    undoes all of it.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10))
     >>> select_trainable(net, "head", LoraConfig()).full
     ('2.weight', '2.bias')
 
-    Raises ValueError for an unknown method, a network that is already prepared or has no head, or names in
-    ``config.blocks`` that it does not have.
+    Raises ValueError for an unknown method, a BN policy that it does not go with, a network that is already prepared
+    or has no head, or blocks in ``config.blocks`` that it does not have.
     """
     require_plain(module)
     _require_known("method", method, tuple(METHODS))
-    _require_known("BN policy", bn_policy, BN_POLICIES)
-    network = describe(module, bn_policy=bn_policy, stem=stem, head=head)
-    report = attach_report(network, METHODS[method](network, config), config=config, bn_policy=bn_policy)
-    apply_policy(module, bn_policy)
+    policy = METHODS[method].policy(bn_policy)
+    shape = input_shape if needs_sizes(config.blocks) else None
+    network = describe(module, bn_policy=policy, stem=stem, head=head, input_shape=shape)
+    if METHODS[method].batchnorm != "constant":
+        network = dataclasses.replace(network, norms=norm_layers(module))
+    report = attach_report(network, METHODS[method](network, config), config=config, bn_policy=policy)
+    apply_policy(module, policy)
     _remember(module, report)
     _add_adapters(module, report)
     trained = {t.name for t in report.trainables}
@@ -131,7 +147,7 @@ def detach(module: nn.Module) -> dict[str, Tensor]:
     Raises ValueError if ``module`` is not prepared.
     """
     tensors, originals = adapter_tensors(module), _state(module).originals
-    _end(module, release)
+    _end(module, release, release_channels)
     state = module.state_dict()
     with torch.no_grad():
         for name, value in originals.items():
@@ -140,15 +156,15 @@ def detach(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """A new plain network, in evaluation mode, whose convolutions hold W + delta; ``module`` stays as it is.
+    """A new plain network, in evaluation mode, whose layers hold W + delta; ``module`` stays as it is.
 
     Same classes, keys and shapes as before `attach`, same outputs as ``module.eval()``. There is no way back.
 
-    Raises ValueError if ``module`` is not prepared.
+    Raises ValueError if ``module`` is not prepared, or by a method that adds layers of its own (skip, attention).
     """
-    _state(module)
+    _require_fusable(_state(module).report)
     fused = copy.deepcopy(module)
-    _end(fused, merge)
+    _end(fused, merge, merge_channels)
     return fused.eval()
 
 
@@ -212,7 +228,7 @@ def _remember(module: nn.Module, report: AttachReport) -> None:
 def require_plain(module: nn.Module) -> None:
     """Raise ValueError if ``module`` or a part of it is prepared for training already."""
     for name, part in module.named_modules():
-        if _STATE in vars(part) or isinstance(part, LoraConv):
+        if _STATE in vars(part) or isinstance(part, LoraLayer | PartialLayer):
             where = f"its part {name!r}" if name else "it"
             raise ValueError(
                 f"this network is already prepared for training ({where} holds an adapter or a method's state): "
@@ -230,6 +246,15 @@ def _state(module: nn.Module) -> _Attached:
     return cast(_Attached, state)
 
 
+def _require_fusable(report: AttachReport) -> None:
+    if report.modules:
+        raise ValueError(
+            f"method {report.method} adds layers of its own at {len(report.modules)} places, which no weight of the "
+            "network can hold, so there is no plain network to fuse into: keep this module and save_module_adapter, "
+            "or export an artifact (export-training-artifact --adapter), whose files hold these layers"
+        )
+
+
 def _require_known(what: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise ValueError(f"{what} {given!r} is not one of {', '.join(known)}")
@@ -245,16 +270,27 @@ def _add_adapters(module: nn.Module, report: AttachReport) -> None:
             alpha=adapter.alpha,
             layout=adapter.arrangement,
             learnable_alpha=adapter.lora_alpha is not None,
+            pairs=adapter.pairs,
         )
         adapt(conv, settings, generator=generator)
+    for partial in report.partials:
+        take_channels(module.get_submodule(partial.layer), partial)
+    add_modules(module, report.modules, head=report.head, generator=generator)
 
 
-def _end(module: nn.Module, finish: Callable[[LoraConv], nn.Module]) -> None:
+def _end(
+    module: nn.Module,
+    finish: Callable[[LoraLayer], nn.Module],
+    finish_channels: Callable[[PartialLayer], nn.Module],
+) -> None:
     """Give every layer its plain class back, and all parameters their old ``requires_grad``."""
     state = _state(module)
     restore_policy(module)
+    remove_modules(module, state.report.modules)
     for adapter in state.report.adapters:
-        finish(cast(LoraConv, module.get_submodule(adapter.layer)))
+        finish(cast(LoraLayer, module.get_submodule(adapter.layer)))
+    for partial in state.report.partials:
+        finish_channels(cast(PartialLayer, module.get_submodule(partial.layer)))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(state.learned[name])
     del vars(module)[_STATE]

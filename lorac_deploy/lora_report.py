@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lorac_exporters.plan import LoraConfig, Network, Plan
+from lorac_exporters.plan import LoraConfig, Network, Plan, SiteModule
 from lorac_runtime.delta import resolve_rank_mode
 from lorac_runtime.expected import fixed_tensors
-from lorac_runtime.manifest import Adapter, BnPolicy, Trainable
+from lorac_runtime.manifest import Adapter, BnPolicy, Partial, Trainable
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class AttachReport:
     trainables: tuple[Trainable, ...]
     frozen: tuple[tuple[str, str], ...]
     model_parameters: int
+    partials: tuple[Partial, ...] = ()
+    modules: tuple[SiteModule, ...] = ()
 
     @property
     def trained_parameters(self) -> int:
@@ -44,7 +46,9 @@ class AttachReport:
     @property
     def full(self) -> tuple[str, ...]:
         """Names of the network's own tensors that train."""
-        return tuple(t.name for t in self.trainables if t.role not in ("lora_a", "lora_b", "alpha"))
+        added = {t.name for module in self.modules for t in module.tensors}
+        kinds = ("lora_a", "lora_b", "alpha", "partial")
+        return tuple(t.name for t in self.trainables if t.role not in kinds and t.name not in added)
 
     def __str__(self) -> str:
         share = 100 * self.trained_parameters / max(1, self.model_parameters)
@@ -52,7 +56,10 @@ class AttachReport:
         return (
             f"{self.method}: {self.trained_parameters:,} trained of {self.model_parameters:,} parameters "
             f"({share:.2f} %); {len(self.adapters)} adapted layers, {len(self.full)} tensors in full, "
-            f"{len(self.frozen)} layers frozen" + (f"; lora_a frozen, {fixed:,} parameters" if fixed else "")
+            f"{len(self.frozen)} layers frozen"
+            + (f"; some channels of {len(self.partials)} layers" if self.partials else "")
+            + (f"; modules at {len(self.modules)} sites" if self.modules else "")
+            + (f"; lora_a frozen, {fixed:,} parameters" if fixed else "")
         )
 
 
@@ -73,4 +80,6 @@ def attach_report(network: Network, plan: Plan, *, config: LoraConfig, bn_policy
         trainables=plan.trainables,
         frozen=plan.frozen + others,
         model_parameters=network.backbone_parameters + sum(math.prod(shape) for shape in head),
+        partials=plan.partials,
+        modules=plan.modules,
     )

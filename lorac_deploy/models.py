@@ -17,6 +17,7 @@ from torch import nn
 
 from lorac_deploy import _torchvision
 from lorac_deploy.cifar_resnets import CifarResNet
+from lorac_deploy.signal_nets import Cnn1d, Mlp
 from lorac_deploy.structure import describe, find_head
 from lorac_deploy.weights import LoadReport, load_imagenet, load_weights
 
@@ -29,7 +30,11 @@ __all__ = [
     "load_imagenet",
     "load_weights",
     "replace_head",
+    "require_axes",
 ]
+
+
+AXES = {1: "(features,)", 2: "(channels, length)", 3: "(channels, height, width)"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ModelSpec:
     """All it takes to build a network again.
 
     ``name`` is one of `MODELS`. ``cifar_stem`` swaps the stem for one that keeps the resolution of small images:
-    stride 1, no max-pooling. ``channels`` is the number of input channels.
+    stride 1, no max-pooling. ``channels`` is the number of input channels, or of features.
 
     Raises ValueError for a name, a count or a combination that does not exist.
     """
@@ -64,21 +69,29 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a network is made (from its number of classes), and how its stem is swapped in place."""
+    """How a network is made, and how its stem is swapped in place.
 
-    make: Callable[[int], nn.Module]
+    ``axes`` of a sample: 3 of an image, (channels, height, width), where ``make`` takes the number of classes and gives
+    a network of 3 channels; 2 or 1 of a signal, (channels, length) or (features,), where it takes the number of
+    channels or features too, first.
+    """
+
+    make: Callable[..., nn.Module]
     small_stem: Callable[[Any], None] | None = None
     why_no_small_stem: str = "its stem is not a single convolution with pooling that could be replaced"
+    axes: int = 3
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
-    """A freshly initialised network that gives (N, classes) logits for (N, channels, H, W) images.
+    """A freshly initialised network that gives (N, classes) logits for (N, channels, H, W) images, or for signals.
 
     The same spec and seed give the same numbers; the global random state is not touched.
     """
     architecture = MODELS[spec.name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if architecture.axes < 3:
+            return architecture.make(spec.channels, spec.classes)
         module = architecture.make(spec.classes)
         if spec.cifar_stem and architecture.small_stem:
             architecture.small_stem(module)
@@ -86,6 +99,20 @@ def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
             stem = describe(module).convs[0].name
             _swap_conv(module, stem, channels=spec.channels)
     return module
+
+
+def require_axes(name: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError if the network called ``name`` does not take samples of this shape.
+
+    >>> require_axes("mlp", (3, 128))
+    Traceback (most recent call last):
+    ...
+    ValueError: mlp takes samples of shape (features,), got (3, 128); for these there is cnn1d
+    """
+    if MODELS[name].axes != len(shape):
+        able = ", ".join(n for n, architecture in MODELS.items() if architecture.axes == len(shape))
+        wanted = AXES[MODELS[name].axes]
+        raise ValueError(f"{name} takes samples of shape {wanted}, got {shape}; for these there is {able}")
 
 
 def replace_head(module: nn.Module, classes: int, *, seed: int = 0, head: str | None = None) -> str:
@@ -154,13 +181,20 @@ _STEMS: dict[tuple[str, ...], Callable[[Any], None] | None] = {
 }
 _CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
-MODELS: dict[str, Architecture] = {
-    name: Architecture(functools.partial(_from_torchvision, name), stem)
-    for names, stem in _STEMS.items()
-    for name in names
-} | {
-    f"resnet{depth}": Architecture(
-        functools.partial(CifarResNet, (depth - 2) // 6), why_no_small_stem="it was made for CIFAR and has one"
-    )
-    for depth in _CIFAR_DEPTHS
-}
+MODELS: dict[str, Architecture] = (
+    {
+        name: Architecture(functools.partial(_from_torchvision, name), stem)
+        for names, stem in _STEMS.items()
+        for name in names
+    }
+    | {
+        f"resnet{depth}": Architecture(
+            functools.partial(CifarResNet, (depth - 2) // 6), why_no_small_stem="it was made for CIFAR and has one"
+        )
+        for depth in _CIFAR_DEPTHS
+    }
+    | {
+        "mlp": Architecture(Mlp, why_no_small_stem="it takes no images", axes=1),
+        "cnn1d": Architecture(Cnn1d, why_no_small_stem="it takes no images", axes=2),
+    }
+)

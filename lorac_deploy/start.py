@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lorac_deploy.checkpoint import load_checkpoint
-from lorac_deploy.models import ModelSpec, build, load_imagenet, load_weights, replace_head
+from lorac_deploy.models import ModelSpec, build, load_imagenet, load_weights, replace_head, require_axes
 from lorac_runtime.manifest import InputSpec
 
 IMAGENET = "imagenet"
@@ -62,8 +62,10 @@ def from_model(
     >>> start.input.shape, start.folder
     ((3, 16, 16), None)
 
-    Raises CheckpointError if the weights cannot be had or do not fit; ValueError if there are none by that name.
+    Raises CheckpointError if the weights cannot be had or do not fit; ValueError if there are none by that name, or if
+    the network takes samples of another kind.
     """
+    require_axes(spec.name, input_spec.shape)
     module = build(spec, seed=seed)
     if weights is None:
         return Start(module, spec, input_spec, class_names)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lorac_deploy.forward_order import with_sizes
 from lorac_deploy.lora_layers import ADAPTED
 from lorac_exporters.plan import Layer, Network
 from lorac_runtime.manifest import BnPolicy, Trainable
@@ -23,38 +25,53 @@ def tensor_name(layer: str, tensor: str) -> str:
 
 
 def describe(
-    module: nn.Module, *, bn_policy: BnPolicy = "frozen", stem: str | None = None, head: str | None = None
+    module: nn.Module,
+    *,
+    bn_policy: BnPolicy = "frozen",
+    stem: str | None = None,
+    head: str | None = None,
+    input_shape: tuple[int, ...] | None = None,
 ) -> Network:
     """The facts about ``module`` that `lorac_exporters.plan` needs; ``stem`` and ``head`` name layers.
 
     Convolutions come in the order of definition, which is the forward order in the networks of
     `lorac_deploy.models`. The first is the stem: a network that defines its layers in another order names it.
-    BN scale and shift count as parameters of their own only under the policy ``batch``.
+    BN scale and shift count as parameters of their own only under the policy ``batch``. With ``input_shape``, that of
+    one sample, a forward pass tells the order of calls and the sizes of feature maps too.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 10))
     >>> found = describe(net)
     >>> [c.name for c in found.convs], found.head_weight
     (['0', '1'], ('3.weight', (10, 8)))
 
-    Raises ValueError if there is no head, or a given name is not that of a fitting layer.
+    Raises ValueError if there is no head, a given name is not that of a fitting layer, or the network cannot process
+    such a sample.
     """
     head = find_head(module, head)
-    convs = _convolutions(module, head, stem)
+    convs = _layers(module, _ConvNd, head, stem)
+    linears = _layers(module, nn.Linear, head, None if convs else stem)
+    if stem is not None and stem not in [layer.name for layer in (convs or linears)[:1]]:
+        kind = "convolution" if convs else "linear layer before the head"
+        raise ValueError(f"stem {stem!r} is not a {kind} of this network: {_some([c.name for c in convs or linears])}")
     tensors = {t.name: t for t in _tensors(module)}
     in_head = {name: tensors[name] for leaf in ("weight", "bias") if (name := tensor_name(head, leaf)) in tensors}
-    planned = {c.weight for c in convs if c.obstacle is None} | {c.bias for c in convs if c.obstacle is None}
+    free = [layer for layer in (*convs, *linears) if layer.obstacle is None]
+    planned = {layer.weight for layer in free} | {layer.bias for layer in free}
     if tensor_name(head, "weight") not in in_head:
         raise ValueError(f"the weight of head {head!r} is shared with another layer: name another one with head=...")
     others = [t for name, t in tensors.items() if name not in planned | in_head.keys()]
     weight, bias = in_head[tensor_name(head, "weight")], in_head.get(tensor_name(head, "bias"))
-    return Network(
+    network = Network(
         convs=convs,
         head_weight=(weight.name, weight.shape),
         head_bias=(bias.name, bias.shape) if bias else None,
         backbone_parameters=sum(math.prod(t.shape) for n, t in tensors.items() if n not in in_head),
         batchnorms=_affine(module) if bn_policy == "batch" else (),
         others=tuple(t for t in others if not t.role.startswith("bn_")),
+        linears=linears,
+        head_obstacle=_unadaptable(module.get_submodule(head)),
     )
+    return network if input_shape is None else with_sizes(network, module, input_shape)
 
 
 def find_head(module: nn.Module, name: str | None = None) -> str:
@@ -83,36 +100,41 @@ def find_head(module: nn.Module, name: str | None = None) -> str:
     return head
 
 
-def _convolutions(module: nn.Module, head: str, stem: str | None) -> tuple[Layer, ...]:
-    found = {n: m for n, m in module.named_modules() if isinstance(m, _ConvNd) and n != head}
-    if stem is not None and stem not in found:
-        raise ValueError(f"stem {stem!r} is not a convolution of this network: {_some(list(found))}")
-    names = list(found) if stem is None else [stem, *(n for n in found if n != stem)]
-    shared = shared_weights(module)
-    return tuple(
-        Layer(
-            name=name,
-            weight=tensor_name(name, "weight"),
-            bias=None if conv.bias is None else tensor_name(name, "bias"),
-            shape=tuple(conv.weight.shape),
-            groups=conv.groups,
-            obstacle=_untrainable(conv, shared.get(name, [])) or (_unadaptable(conv) if index else None),
+def _layers(module: nn.Module, kind: type[_ConvNd] | type[nn.Linear], head: str, stem: str | None) -> tuple[Layer, ...]:
+    """The layers of a kind, the head not among them, in the order of definition; ``stem`` comes first."""
+    found = {n: m for n, m in module.named_modules() if isinstance(m, kind) and n != head}
+    names = sorted(found, key=lambda name: name != stem)
+    shared, layers = shared_weights(module), []
+    for index, name in enumerate(names):
+        part: Any = found[name]
+        own = _untrainable(part, shared.get(name, []))
+        unfit = _unadaptable(part)
+        layers.append(
+            Layer(
+                name=name,
+                weight=tensor_name(name, "weight"),
+                bias=None if part.bias is None else tensor_name(name, "bias"),
+                shape=tuple(part.weight.shape),
+                groups=getattr(part, "groups", 1),
+                obstacle=own or (unfit if index else None),
+                no_adapter=unfit,
+            )
         )
-        for index, (name, conv) in enumerate((name, found[name]) for name in names)
-    )
+    return tuple(layers)
 
 
-def _untrainable(conv: _ConvNd, sharers: list[str]) -> str | None:
-    if "weight" not in conv._parameters:
+def _untrainable(layer: nn.Module, sharers: list[str]) -> str | None:
+    if "weight" not in layer._parameters:
         return "its weight is computed by a parametrization or hook"
     return f"its weight is shared with {', '.join(sharers)}" if sharers else None
 
 
-def _unadaptable(conv: _ConvNd) -> str | None:
-    if isinstance(conv, _ConvTransposeNd):
+def _unadaptable(layer: nn.Module) -> str | None:
+    if isinstance(layer, _ConvTransposeNd):
         return "transposed convolutions take no adapter"
-    if type(conv) not in ADAPTED:
-        return f"{type(conv).__name__} takes no adapter, only plain nn.Conv1d and nn.Conv2d do"
+    if type(layer) not in ADAPTED:
+        fitting = "nn.Conv1d and nn.Conv2d do" if isinstance(layer, _ConvNd) else "nn.Linear does"
+        return f"{type(layer).__name__} takes no adapter, only plain {fitting}"
     return None
 
 

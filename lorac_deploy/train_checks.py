@@ -11,7 +11,8 @@ from torch import nn
 
 from lorac_deploy.batches import ordered_batches
 from lorac_deploy.data import Dataset
-from lorac_deploy.lora import LoraConfig
+from lorac_deploy.lora import LoraConfig, detach, select_trainable
+from lorac_deploy.models import AXES
 from lorac_deploy.train_config import TrainConfig
 from lorac_runtime.data import LocalData, fingerprint
 from lorac_runtime.errors import ConversionError, DataError
@@ -19,13 +20,15 @@ from lorac_runtime.manifest import InputSpec
 
 
 def require_fit(module: nn.Module, dataset: Dataset, spec: InputSpec) -> None:
-    """Raise where the network cannot classify these images.
+    """Raise where the network cannot classify these images (or signals).
 
-    Raises DataError for images of another shape; ConversionError if the network cannot process an image; ValueError
+    Raises DataError for those of another shape; ConversionError if the network cannot process an image; ValueError
     if its outputs are not the classes.
     """
-    if dataset.shape != spec.shape:
-        raise DataError(f"the images are {dataset.shape} (channels, height, width), the network takes {spec.shape}")
+    if (dataset.shape, dataset.is_image) != (spec.shape, spec.is_image):
+        raise DataError(
+            f"the {dataset.key} are {dataset.shape} {AXES[len(dataset.shape)]}, the network takes {spec.shape}"
+        )
     outputs = _outputs(module, dataset, spec)
     if outputs != len(dataset.class_names):
         raise ValueError(f"the network has {outputs} outputs, the data {len(dataset.class_names)} classes")
@@ -36,8 +39,8 @@ def require_classes(dataset: Dataset) -> None:
     present = np.unique(dataset.labels)
     if len(present) < 2:
         raise DataError(
-            f"there are {len(dataset)} images of {len(present)} class: a network trained on them would always give "
-            "the same answer. Give images of at least two classes"
+            f"there are {len(dataset)} {dataset.key} of {len(present)} class: a network trained on them would always "
+            f"give the same answer. Give {dataset.key} of at least two classes"
         )
 
 
@@ -47,6 +50,32 @@ def require_batches(samples: int, steps: int, config: TrainConfig) -> None:
         raise ValueError(
             f"{samples} training images in batches of {config.batch_size} leave one image alone, whose batch "
             "statistics mean nothing: choose batches of 2 or more, or another BN policy"
+        )
+
+
+def require_parts(images: int, processes: int) -> None:
+    """Raise ValueError if the smallest batch has fewer images than there are processes to share it."""
+    if images < processes:
+        raise ValueError(
+            f"a batch of {images} images cannot be shared by {processes} processes: choose a larger --batch-size "
+            "(it counts the images of all processes together) or fewer processes"
+        )
+
+
+def require_fresh_head_trains(
+    module: nn.Module, fresh: tuple[str, ...], spec: InputSpec, *, method: str, config: TrainConfig, lora: LoraConfig
+) -> None:
+    """Raise ValueError if the classifier is among the tensors that start ``fresh`` and would not train."""
+    report = select_trainable(module, method, lora, bn_policy=config.bn_policy, input_shape=spec.shape)
+    detach(module)
+    changing = {t.name for t in report.trainables} | {a.weight for a in report.adapters}
+    changing |= {p.weight for p in report.partials}
+    if (weight := f"{report.head}.weight") in fresh and weight not in changing:
+        where = f" in blocks {', '.join(lora.blocks)}" if lora.blocks else ""
+        advice = "add head to the blocks" if lora.blocks else "train it first, with a method that does, such as head"
+        raise ValueError(
+            f"the new classifier {report.head} starts from random numbers, and method {method}{where} would leave it "
+            f"at them: {advice}"
         )
 
 
@@ -70,7 +99,7 @@ def _outputs(module: nn.Module, dataset: Dataset, spec: InputSpec) -> int:
             logits = module.eval()(images)
     except RuntimeError as err:
         raise ConversionError(
-            f"the network cannot process images of {dataset.shape} (channels, height, width): {err}"
+            f"the network cannot process {dataset.key} of {dataset.shape} {AXES[len(dataset.shape)]}: {err}"
         ) from err
     finally:
         module.train(training)

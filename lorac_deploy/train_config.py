@@ -7,11 +7,13 @@ import math
 from dataclasses import field
 from typing import Any, Literal
 
-from lorac_runtime.manifest import BN_POLICIES, BnPolicy
+from lorac_exporters.methods import METHODS
+from lorac_runtime.manifest import BN_POLICIES, LOSSES, BnPolicy
 
 Optimizer = Literal["adamw", "sgd"]
 Augment = Literal["none", "crop", "crop-flip"]
 Keep = Literal["best", "last"]
+Precision = Literal["auto", "no", "fp16", "bf16"]
 PEAK_LR: dict[Optimizer, float] = {"adamw": 1e-3, "sgd": 0.05}
 
 
@@ -52,6 +54,10 @@ class TrainConfig:
             *BN_POLICIES,
         ),
     )
+    loss: str = field(
+        default="cross_entropy",
+        metadata=_shown("what training lowers; entropy is that of the outputs and makes no use of labels", *LOSSES),
+    )
     augment: Augment = field(
         default="none",
         metadata=_shown(
@@ -70,6 +76,15 @@ class TrainConfig:
     )
     threads: int | None = field(
         default=None, metadata=_shown("of PyTorch; another number may change the last digits of the results")
+    )
+
+    precision: Precision = field(
+        default="auto",
+        metadata=_shown(
+            "of forward and backward passes: float32 (no), or mixed with 16-bit numbers, which needs the extra "
+            "`accelerate`; auto is what `accelerate launch` says, no without it",
+            *("auto", "no", "fp16", "bf16"),
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -111,8 +126,11 @@ def _choice_problems(c: TrainConfig) -> list[str]:
     ]
 
 
+_OWN: dict[str, dict[str, Any]] = {  # what a method does otherwise
+    "full": {"epochs": 5, "bn_policy": "batch"},
+    "tent": {"keep": "last"},  # the best epoch could only be told by labels
+}
 DEFAULTS: dict[str, TrainConfig] = {
-    "full": TrainConfig(epochs=5, bn_policy="batch"),
-    "head": TrainConfig(),
-    "lora-c": TrainConfig(),
+    name: TrainConfig(**({"bn_policy": method.policy(), "loss": method.loss_of()} | _OWN.get(name, {})))
+    for name, method in METHODS.items()
 }

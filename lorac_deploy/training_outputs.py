@@ -9,7 +9,7 @@ from torch import nn
 
 from lorac_deploy.adapter_files import save_module_adapter
 from lorac_deploy.checkpoint import save_checkpoint
-from lorac_deploy.lora import detach, fuse
+from lorac_deploy.lora import detach, fuse, report_of
 from lorac_deploy.start import Start
 from lorac_deploy.training_report import TrainReport, save_report
 from lorac_runtime.manifest import ADAPTER
@@ -20,12 +20,14 @@ BASE = "base"
 def save_training(out: Path, start: Start, report: TrainReport) -> Path:
     """Save what `lorac_deploy.trainer.train` made of ``start``; returns the adapter file or the checkpoint folder.
 
-    ``lora-c`` leaves adapter.safetensors, and, where no checkpoint holds the network that it started from, that
-    network in ``base/``; other methods leave a checkpoint. report.json and plot.png come with both.
+    A method of adapters leaves adapter.safetensors, and, where no checkpoint holds the network that it started from,
+    that network in ``base/``; other methods leave a checkpoint. report.json and plot.png come with both.
 
     Raises OutputError.
     """
-    if report.method == "lora-c":
+    prepared = report_of(start.module)
+    adapted = bool(prepared.adapters or prepared.partials or prepared.modules)
+    if adapted:
         if start.folder is None:
             plain = copy.deepcopy(start.module)
             detach(plain)
@@ -34,7 +36,7 @@ def save_training(out: Path, start: Start, report: TrainReport) -> Path:
     else:
         _save(out, fuse(start.module), start, _metrics(report))
     save_report(report, out)
-    return out / ADAPTER if report.method == "lora-c" else out
+    return out / ADAPTER if adapted else out
 
 
 def _save(folder: Path, module: nn.Module, start: Start, metrics: dict[str, float]) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lorac_deploy.acceleration import ALONE, Acceleration
 from lorac_deploy.batches import batch_count, ordered_batches, training_batches
 from lorac_deploy.batchnorm import apply_policy, recalibrate
 from lorac_deploy.data import Dataset, split_validation
-from lorac_deploy.train_checks import require_batches
+from lorac_deploy.losses import LOSSES
+from lorac_deploy.train_checks import require_batches, require_parts
 from lorac_deploy.train_config import TrainConfig
 from lorac_deploy.training_report import EpochRecord, Progress
 from lorac_deploy.training_state import (
@@ -44,35 +46,41 @@ class Run:
         *,
         config: TrainConfig,
         on_progress: OnProgress | None = None,
+        acceleration: Acceleration = ALONE,
     ) -> None:
+        self.acceleration = acceleration
         self.module, self.spec, self.config, self.on_progress = module, spec, config, on_progress
         self.train: Dataset = dataset
         self.val: Dataset | None = None
         if config.val_fraction:
             self.train, self.val = split_validation(dataset, config.val_fraction, config.seed)
         self.steps = batch_count(len(self.train), config.batch_size)
+        require_parts(len(self.train) // self.steps, acceleration.processes)
         if apply_policy(module, config.bn_policy):
             require_batches(len(self.train), self.steps, config)
         self.names = {p: name for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(list(self.names), config)
+        self.epochs = config.epochs if self.names else 0
+        self.optimizer = make_optimizer(list(self.names), config) if self.names else None
+        self.stepper = None if self.optimizer is None else acceleration.optimizing(self.optimizer)
         self.history: list[EpochRecord] = []
         self.kept: Tensors = {}
         self.kept_epoch = 0
         self.accuracy_before: float | None = None
 
     def begin(self) -> None:
-        """What happens before the first epoch."""
+        """What happens before the first epoch; it is all of a run in which nothing trains."""
+        if self.val is not None:
+            self.accuracy_before = self._evaluate(self.val)[1]
         if self.config.bn_policy == "recalibrate":
             batches = ordered_batches(self.train, self.spec, self.config.batch_size)
-            recalibrate(self.module, (images for images, _ in batches))
-        if self.val is not None:
-            self.accuracy_before = evaluate(self.module, self.val, self.spec)[1]
+            recalibrate(self.module, (images.to(self.acceleration.device) for images, _ in batches))
+        self.kept = self._snapshot()
 
     def epoch(self) -> None:
         """One epoch of training, and its validation. Raises DivergenceError."""
         number, start = len(self.history) + 1, time.perf_counter()
         loss = self._train(number)
-        val_loss, accuracy = (None, None) if self.val is None else evaluate(self.module, self.val, self.spec)
+        val_loss, accuracy = (None, None) if self.val is None else self._evaluate(self.val)
         self._require_finite(val_loss)
         self.history.append(EpochRecord(number, loss, val_loss, accuracy, time.perf_counter() - start))
         self._keep(number, accuracy)
@@ -83,19 +91,29 @@ class Run:
         """All that `restore` needs."""
         facts = RunFacts(FORMAT, who, tuple(self.history), self.kept_epoch, self.accuracy_before)
         kept = {} if self.kept_epoch == len(self.history) else self.kept
-        optimizer = optimizer_tensors(self.optimizer, self.names)
+        optimizer = {} if self.optimizer is None else optimizer_tensors(self.optimizer, self.names)
         return TrainingState(facts, self.module.state_dict(), kept, optimizer)
 
     def restore(self, state: TrainingState) -> None:
         """Go on where `state` was taken."""
         self.module.load_state_dict(state.model)
-        restore_optimizer(self.optimizer, self.names, state.optimizer)
+        if self.optimizer is not None:
+            restore_optimizer(self.optimizer, self.names, state.optimizer)
         self.history, self.kept = list(state.facts.history), state.kept or self._snapshot()
         self.kept_epoch, self.accuracy_before = state.facts.kept_epoch, state.facts.accuracy_before
 
     def take_kept(self) -> None:
         """Put the kept weights into the module."""
         self.module.load_state_dict(self.kept)
+
+    def val_accuracy(self) -> float | None:
+        """Of the weights that are kept, on the validation images; None without any."""
+        if self.history:
+            return self.history[self.kept_epoch - 1].val_accuracy
+        return None if self.val is None else self._evaluate(self.val)[1]
+
+    def _evaluate(self, dataset: Dataset) -> tuple[float, float]:
+        return evaluate(self.module, dataset, self.spec, acceleration=self.acceleration)
 
     def _train(self, number: int) -> float:
         """Mean loss of the epoch."""
@@ -109,9 +127,10 @@ class Run:
             seed=config.seed,
             epoch=number,
         )
-        with torch.random.fork_rng(devices=[]):
+        with self.acceleration.forked_rng():
             # Dropout is the same however the run came to this epoch.
-            torch.manual_seed(int(np.random.SeedSequence([config.seed, number]).generate_state(1)[0]))
+            seeds = self.acceleration.seeds(config.seed, number)
+            torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
             for step, (images, labels) in enumerate(batches, 1):
                 loss = self._step(images, labels, self._rate(number, step))
                 total += loss * len(labels)
@@ -119,16 +138,20 @@ class Run:
         return total / len(self.train)
 
     def _step(self, images: Tensor, labels: Tensor, rate: float) -> float:
+        assert self.optimizer is not None
+        assert self.stepper is not None
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = nn.functional.cross_entropy(self.module(images), labels)
-        value = loss.item()
+        part, expected = self.acceleration.part(images, labels)
+        share, parameters = len(expected) / len(labels), list(self.names)
+        loss = LOSSES[self.config.loss](self.acceleration.outputs(self.module, part), expected)
+        (value,) = self.acceleration.total(loss.item() * share)
         self._require_finite(value)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.acceleration.backward(loss, parameters, share)
         if self.config.clip_norm:
-            nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
-        self.optimizer.step()
+            self.acceleration.clip(parameters, self.config.clip_norm)
+        self.stepper.step()
         return value
 
     def _rate(self, number: int, step: int) -> float:
@@ -170,7 +193,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(config.momentum, 0.999))
 
 
-def evaluate(module: nn.Module, dataset: Dataset, spec: InputSpec) -> tuple[float, float]:
+def evaluate(
+    module: nn.Module, dataset: Dataset, spec: InputSpec, *, acceleration: Acceleration = ALONE
+) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (fraction) in evaluation mode; ``module`` keeps its mode.
 
     >>> from lorac_deploy.data import input_spec
@@ -185,9 +210,10 @@ def evaluate(module: nn.Module, dataset: Dataset, spec: InputSpec) -> tuple[floa
     module.eval()
     loss, right = 0.0, 0
     with torch.no_grad():
-        for images, labels in ordered_batches(dataset, spec, EVALUATION_BATCH):
-            logits = module(images)
+        for images, labels in acceleration.every(ordered_batches(dataset, spec, EVALUATION_BATCH)):
+            logits = acceleration.outputs(module, images).cpu()
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             right += int((logits.argmax(1) == labels).sum())
     module.train(training)
-    return loss / len(dataset), right / len(dataset)
+    loss, found = acceleration.total(loss, right)
+    return loss / len(dataset), found / len(dataset)

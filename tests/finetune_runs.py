@@ -35,11 +35,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
+def run_onnx(path: Path, images: np.ndarray, name: str = "input") -> np.ndarray:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {"input": images})[0]
+    return session.run(None, {name: images})[0]
 
 
 def held_out(report: FinetuneReport, data: Path) -> tuple[np.ndarray, np.ndarray]:

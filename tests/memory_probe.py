@@ -1,5 +1,6 @@
 """Train a few steps of a step graph in this process, and print what memory that took, as JSON.
 
+A prefix_step.onnx beside the graph computes its features before each step, image by image, and stays open.
 ``python memory_probe.py GRAPH BATCH STEPS``: bytes of the process after its imports, with the session open, the most
 while it was opened, the most while it stepped, and the larger of these two.
 """
@@ -26,11 +27,26 @@ def resident(field: str) -> int:
     return int(line.split()[1]) << 10
 
 
+def features_of(front: object, batch: int) -> dict[str, np.ndarray]:
+    """What the frozen front gives for a batch of random images."""
+    (source,), outputs = front.get_inputs(), front.get_outputs()  # type: ignore[attr-defined]
+    images = np.random.default_rng(1).random((batch, *source.shape[1:]), np.float32).astype(KINDS[source.type])
+    found = {value.name: np.empty((batch, *value.shape[1:]), np.float32) for value in outputs}
+    for i in range(batch):
+        for value, row in zip(found.values(), front.run(None, {source.name: images[i : i + 1]}), strict=True):  # type: ignore[attr-defined]
+            value[i] = row[0]
+    return found
+
+
 def main(graph: str, batch: int, steps: int) -> dict[str, float]:
     ort = wheel.load_inference()
     imported = resident("VmHWM")
     return_freed_memory()
-    session = ort.InferenceSession(graph, frugal(session_options(ort, 1)), providers=list(PROVIDERS))
+    prefix = Path(graph).with_name("prefix_step.onnx")
+    names = [*([str(prefix)] if prefix.exists() else []), graph]
+    *fronts, session = [
+        ort.InferenceSession(n, frugal(session_options(ort, 1)), providers=list(PROVIDERS)) for n in names
+    ]
     opened, held = resident("VmHWM"), resident("VmRSS")
     rng = np.random.default_rng(0)
     outputs = {value.name for value in session.get_outputs()}
@@ -46,6 +62,8 @@ def main(graph: str, batch: int, steps: int) -> dict[str, float]:
     carried.clear()
     step = StepSession(ort, session, [both], [n for n in outputs if not n.endswith(".next")])
     for _ in range(steps):
+        for front in fronts:
+            feeds |= features_of(front, batch)
         loss = step.run(feeds)["loss"]
         both.swap()
     stepped = resident("VmHWM")

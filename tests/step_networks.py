@@ -31,7 +31,7 @@ from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
-from lorac_exporters.training_step import StepConfig, train_step
+from lorac_exporters.training_step import StepConfig, prefix_step, train_step
 from lorac_runtime.manifest import BnPolicy, InputSpec, TrainingDefaults
 
 Arrays = dict[str, np.ndarray]
@@ -368,9 +368,40 @@ def step_config(case: Case) -> StepConfig:
     return StepConfig(case.training, form_of(case.form))
 
 
-def step_graph(name: str, case: Case, start: Arrays, *, smooth: bool) -> onnxruntime.InferenceSession:
+class Chained:
+    """The graph of a frozen front and one that takes its features, as if they were one session."""
+
+    def __init__(self, front: onnxruntime.InferenceSession, rest: onnxruntime.InferenceSession) -> None:
+        self._front, self._rest = front, rest
+
+    def get_inputs(self) -> list[onnxruntime.NodeArg]:
+        inner = {value.name for value in self._front.get_outputs()}
+        return [*self._front.get_inputs(), *(v for v in self._rest.get_inputs() if v.name not in inner)]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._rest, name)
+
+    def run(self, names: list[str] | None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        feed = dict(feed)
+        images = {value.name: feed.pop(value.name) for value in self._front.get_inputs()}
+        features = self._front.run(None, images)
+        return self._rest.run(
+            names, feed | dict(zip([v.name for v in self._front.get_outputs()], features, strict=True))
+        )
+
+
+def whole_session(
+    model: ir.Model, graphs: Graphs, start: Arrays, config: StepConfig
+) -> onnxruntime.InferenceSession | Chained:
+    """A session of a step graph that takes images, its frozen front in front where there is one."""
+    front = prefix_step(graphs, start, config)
+    return session(model) if front is None else Chained(session(front), session(model))
+
+
+def step_graph(name: str, case: Case, start: Arrays, *, smooth: bool) -> onnxruntime.InferenceSession | Chained:
     """train_step.onnx of a network, ready to run."""
-    return session(train_step(graphs_of(name, case, smooth=smooth), start, step_config(case)))
+    graphs, config = graphs_of(name, case, smooth=smooth), step_config(case)
+    return whole_session(train_step(graphs, start, config), graphs, start, config)
 
 
 def distances(found: Outcome, exact: Outcome) -> dict[str, float]:

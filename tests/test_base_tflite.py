@@ -13,8 +13,8 @@ from torch import nn
 from lorac_deploy.file_export import export_file
 from lorac_exporters.artifact import ArtifactConfig
 from lorac_exporters.tflite import TfliteConfig
-from lorac_exporters.tflite.config import Weights as TfliteWeights
 from lorac_exporters.tflite.running import Runner
+from lorac_exporters.tflite_config import Weights as TfliteWeights
 from lorac_exporters.verify import random_inputs, run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, save_adapter

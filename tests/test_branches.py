@@ -1,4 +1,4 @@
-"""Adapters as nodes: either form computes the convolution with W + delta, and its gradients are that one's."""
+"""Adapters as nodes: either form computes the layer with W + delta, and its gradients are that one's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A convolution, ``kernel`` (k_h, k_w) or (k,); the other tuples have an entry per spatial axis, () for default."""
+    """A convolution, ``kernel`` (k_h, k_w) or (k,); the other tuples have an entry per spatial axis, () for default.
+
+    With ``kernel`` and ``size`` () it is a fully connected layer.
+    """
 
     kernel: tuple[int, ...] = (3, 3)
     size: tuple[int, ...] = (7, 6)
@@ -40,6 +43,7 @@ class Layer:
     begins: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
     rank: int = 3
+    pairs: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,25 +57,29 @@ class Layer:
     def adapter(self, layout: Layout, *, learnable: bool = False) -> Adapter:
         alpha = "body.lora_alpha" if learnable else None
         names = ("body", "w", "body.lora_a", "body.lora_b")
-        return Adapter(*names, self.shape, self.groups, R, self.rank, 3.0, layout, alpha)
+        return Adapter(*names, self.shape, self.groups, R, self.rank, 3.0, layout, alpha, self.pairs)
 
     def inputs(self) -> Arrays:
-        shape_a, shape_b = adapter_shapes(self.shape, self.rank)
+        shape_a, shape_b = adapter_shapes(self.shape, self.rank, self.pairs)
         alpha = np.array([2.5], np.float32)
         frozen = {"x": normal(2, self.c_in, *self.size), "w": normal(*self.shape, seed=1), "b": normal(self.c_out)}
         return {**frozen, "lora_a": normal(*shape_a, seed=2), "lora_b": normal(*shape_b, seed=3), "alpha": alpha}
 
     def model(self) -> ir.Model:
-        """y = Conv(x, w, b) alone."""
+        """y = Conv(x, w, b) alone, or y = Gemm(x, w, b)."""
+        tensors = {name: value for name, value in self.inputs().items() if name in "xwb"}
+        if not self.kernel:
+            return graph_of("y = Gemm <transB = 1> (x, w, b)", tensors, fixed=["w", "b"])
         pads = list(self.of("begins") + self.of("ends"))
         attributes = {"strides": list(self.of("strides")), "dilations": list(self.of("dilations")), "pads": pads}
         text = ", ".join(f"{name} = {value}" for name, value in attributes.items())
-        tensors = {name: value for name, value in self.inputs().items() if name in "xwb"}
         return graph_of(f"y = Conv <{text}, group = {self.groups}> (x, w, b)", tensors, fixed=["w", "b"])
 
     def reference(self, t: dict[str, torch.Tensor], layout: Layout, scale: torch.Tensor | float) -> torch.Tensor:
-        """The convolution with W + delta."""
-        weight = t["w"] + delta(t["lora_a"], t["lora_b"], self.shape, scale, layout)
+        """The layer with W + delta."""
+        weight = t["w"] + delta(t["lora_a"], t["lora_b"], self.shape, scale, layout, pairs=self.pairs)
+        if not self.kernel:
+            return torch.nn.functional.linear(t["x"], weight, t["b"])
         pads = [p for pair in zip(reversed(self.of("begins")), reversed(self.of("ends")), strict=True) for p in pair]
         function = torch.conv2d if len(self.kernel) == 2 else torch.conv1d
         x = torch.nn.functional.pad(t["x"], pads)
@@ -91,6 +99,8 @@ LAYERS = {
     "groups": Layer(groups=2, begins=(1, 1), ends=(1, 1)),
     "depthwise": Layer(c_in=4, c_out=4, groups=4, begins=(1, 1), ends=(1, 1)),
     "rank above the channels": Layer(c_in=2, c_out=2, rank=5),
+    "fully connected": Layer(kernel=(), size=(), c_in=7),
+    "fully connected, rank above the channels": Layer(kernel=(), size=(), c_out=3, rank=5),
     "1-D": Layer(kernel=(3,), size=(9,), begins=(1,), ends=(1,)),
     "1-D, groups, stride 2": Layer(kernel=(4,), size=(9,), groups=2, strides=(2,), begins=(2,)),
     "1-D, one tap": Layer(kernel=(1,), size=(9,)),
@@ -157,7 +167,7 @@ def test_a_learned_alpha_scales_the_adapter_and_gets_its_gradient(layout: Layout
 
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
-    axes = draw(st.integers(1, 2))
+    axes = draw(st.integers(0, 2))
     limits = {
         "size": (3, 8),
         "kernel": (1, 4),
@@ -169,28 +179,58 @@ def layers(draw: st.DrawFn) -> Layer:
     each = {name: tuple(draw(st.integers(*limit)) for _ in range(axes)) for name, limit in limits.items()}
     for i in range(axes):
         assume(each["size"][i] + each["begins"][i] + each["ends"][i] > each["dilations"][i] * (each["kernel"][i] - 1))
-    groups, rank = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    groups, rank = draw(st.integers(1, 3 if axes else 1)), draw(st.integers(1, 4))
     c_in, c_out = (groups * draw(st.integers(1, 3)) for _ in range(2))
     return Layer(c_in=c_in, c_out=c_out, groups=groups, rank=rank, **each)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(layer=layers(), layout=st.sampled_from(LAYOUTS), form=st.sampled_from(FORMS))
-def test_any_convolution_can_be_adapted_in_either_form(layer: Layer, layout: Layout, form: Form) -> None:
+def test_any_layer_can_be_adapted_in_either_form(layer: Layer, layout: Layout, form: Form) -> None:
     check(layer, layout, form)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(layer=layers(), layout=st.sampled_from(LAYOUTS), learnable=st.booleans(), data=st.data())
+def test_any_layer_can_be_adapted_by_several_pairs_of_factors(
+    layer: Layer, layout: Layout, learnable: bool, data: st.DataObject
+) -> None:
+    divisors = [n for n in range(1, layer.c_out + 1) if layer.c_out % n == 0]
+    pairs = data.draw(st.sampled_from(divisors))
+    check(dataclasses.replace(layer, pairs=pairs), layout, "weight", learnable=learnable)
+
+
+@pytest.mark.parametrize("name", ["3x3", "groups", "1-D, groups, stride 2", "fully connected"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_branch_of_several_pairs_is_refused_by_name_and_auto_takes_the_weight(name: str, layout: Layout) -> None:
+    layer = dataclasses.replace(LAYERS[name], pairs=LAYERS[name].c_out)
+    with pytest.raises(ConversionError, match=r"form branch: body has an adapter of 6 pairs.*take form weight or auto"):
+        adapted(layer, layer.adapter(layout), "branch")
+    assert form_of("auto")(layer.adapter(layout), Geometry.without_axes(4, 6)) == "weight"
+
+
+def test_the_branch_of_a_fully_connected_layer_never_forms_a_matrix_of_the_weights_shape() -> None:
+    layer = Layer(kernel=(), size=(), c_in=16, c_out=12)
+    model, _ = adapted(layer, layer.adapter("spatial"), "branch")
+    trunk, down, up = nodes_of(model.graph, "Gemm")
+    assert (trunk.inputs[1].name, trunk.inputs[1].const_value is None) == ("w", False)
+    assert (dims(down.outputs[0]), dims(up.outputs[0])) == (("batch", 3), ("batch", 12))
+    assert [o.name for node in model.graph for o in node.outputs if dims(o) == layer.shape] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "name", ["3x3", "1x1 stride 2", "5x3, stride 2x1, asymmetric", "groups", "1-D, groups, stride 2"]
+    "name",
+    ["3x3", "1x1 stride 2", "5x3, stride 2x1, asymmetric", "groups", "1-D, groups, stride 2", "fully connected"],
 )
 def test_every_value_has_the_shape_that_the_graph_says(name: str, layout: Layout) -> None:
     layer = LAYERS[name]
-    for form in FORMS:
-        model, _ = adapted(layer, layer.adapter(layout), form)
+    kernel_wise = dataclasses.replace(layer, pairs=layer.c_out)
+    for form, chosen in (*((form, layer) for form in FORMS), ("weight", kernel_wise)):
+        model, _ = adapted(chosen, chosen.adapter(layout), form)
         values = [output for node in model.graph for output in node.outputs]
         model.graph.outputs[:] = values
-        for value, found in zip(values, run(model, layer.inputs()), strict=True):
+        for value, found in zip(values, run(model, chosen.inputs()), strict=True):
             assert tuple(2 if d == "batch" else d for d in dims(value)) == found.shape, value.name
 
 
@@ -214,7 +254,7 @@ def test_the_trunk_keeps_its_constant_weight_beside_thin_convolutions() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_only_the_named_convolutions_change(form: Form) -> None:
+def test_only_the_named_layers_change(form: Form) -> None:
     tensors = {"x": normal(2, 4, 5, 5), "w": normal(4, 4, 3, 3, seed=1), "v": normal(4, 4, 3, 3, seed=2)}
     model = graph_of("h = Conv (x, v)\n y = Conv (h, w)", tensors, fixed=["w", "v"])
     layer = Layer(c_out=4)
@@ -227,11 +267,11 @@ def test_only_the_named_convolutions_change(form: Form) -> None:
     np.testing.assert_allclose(run(model, tensors)[0], wanted, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_weights_that_no_convolution_uses_are_named() -> None:
+def test_weights_that_no_layer_uses_are_named() -> None:
     layer = LAYERS["3x3"]
     model = layer.model()
     adapters = {name: layer.adapter("paper") for name in ("w", "lost.weight", "gone.weight")}
-    with pytest.raises(ConversionError, match=r"no convolution of the graph uses gone\.weight, lost\.weight"):
+    with pytest.raises(ConversionError, match=r"no layer of the graph uses gone\.weight, lost\.weight"):
         add_adapters(Tape(model.graph), adapters, {}, form_of("branch"))
 
 

@@ -30,6 +30,12 @@ def raising(error: BaseException) -> object:
         (PermissionError(13, "Permission denied", "/f"), 1, "error: [Errno 13] Permission denied: '/f'\n"),
         (MemoryError("9 GiB"), 1, "error: out of memory; try a smaller --batch-size or less data (9 GiB)\n"),
         (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            1,
+            "error: out of memory; try a smaller --batch-size or less data "
+            "(CUDA out of memory. Tried to allocate 2 GiB)\n",
+        ),
+        (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
             1,
             "error: out of memory; try a smaller --batch-size or less data "

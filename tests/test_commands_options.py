@@ -8,19 +8,23 @@ import dataclasses
 import pytest
 
 from lorac_deploy.commands._options import (
+    Paragraphs,
     add_device_options,
     add_lora_options,
+    add_method_option,
     add_training_options,
     device_defaults,
-    idle_lora_options,
+    either,
     lora_config,
     lora_given,
     names,
     pair,
+    refuse_idle_lora_options,
     sizes,
     training_config,
 )
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
+from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.manifest import TrainingDefaults
 
@@ -34,11 +38,13 @@ TRAINING = {
     "--warmup": ("0.1", 0.1),
     "--clip-norm": ("0", 0.0),
     "--bn": ("recalibrate", "recalibrate"),
+    "--loss": ("mse", "mse"),
     "--augment": ("crop", "crop"),
     "--val-fraction": ("0.5", 0.5),
     "--keep": ("last", "last"),
     "--seed": ("3", 3),
     "--threads": ("2", 2),
+    "--precision": ("bf16", "bf16"),
 }
 DEVICE = {
     "--lr": (["0.25"], 0.25),
@@ -66,6 +72,9 @@ LORA = {
     "--biases": (["all"], "all"),
     "--small-layers": (["full"], "full"),
     "--freeze-a": ([], True),
+    "--linear": ([], True),
+    "--share": (["0.5"], 0.5),
+    "--reduction": (["8"], 8),
     "--blocks": (["layer3, layer4.0"], ("layer3", "layer4.0")),
 }
 
@@ -111,13 +120,13 @@ def device_parser() -> argparse.ArgumentParser:
 
 
 def test_without_options_the_devices_defaults_hold() -> None:
-    assert device_defaults(device_parser().parse_args([])) == TrainingDefaults()
+    assert device_defaults("full", device_parser().parse_args([])) == TrainingDefaults()
 
 
 @pytest.mark.parametrize("option", DEVICE)
 def test_each_device_option_sets_its_field_alone(option: str) -> None:
     arguments, value = DEVICE[option]
-    found = device_defaults(device_parser().parse_args([option, *arguments]))
+    found = device_defaults("full", device_parser().parse_args([option, *arguments]))
     assert found == dataclasses.replace(TrainingDefaults(), **{field(option): value}) != TrainingDefaults()
 
 
@@ -131,16 +140,38 @@ def test_each_lora_option_sets_its_field_alone(option: str) -> None:
     assert lora_given(args) == {field(option): value}
 
 
-def test_only_blocks_hold_beyond_lora_c() -> None:
-    args = parser().parse_args(["--rank", "2", "--blocks", "layer4", "--freeze-a"])
-    assert idle_lora_options("lora-c", args) == []
-    assert idle_lora_options("full", args) == ["rank", "freeze_a"]
-    assert idle_lora_options("head", args) == ["rank", "freeze_a", "blocks"]
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("option", LORA)
+def test_an_option_that_the_method_does_not_heed_is_refused_with_those_that_do(
+    method: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    p = parser()
+    add_method_option(p, "full")
+    args = p.parse_args(["--method", method, option, *LORA[option][0]])
+    if field(option) in METHODS[method].options:
+        refuse_idle_lora_options(p, args)
+        return
+    with pytest.raises(SystemExit):
+        refuse_idle_lora_options(p, args)
+    fitting = [name for name, other in METHODS.items() if field(option) in other.options]
+    text = " ".join(capsys.readouterr().err.split())
+    assert f"{option} goes with --method {either(fitting)}, not with {method}" in text
+
+
+def test_the_help_of_the_method_says_what_each_does() -> None:
+    p = argparse.ArgumentParser(formatter_class=Paragraphs)
+    add_method_option(p, "full")
+    lines = [line.strip() for line in p.format_help().splitlines()]
+    assert "--method METHOD  what trains (default: full)" in lines
+    starts = {line.partition(":")[0] for line in lines}
+    assert set(METHODS) <= starts
+    text = " ".join(" ".join(lines).split())
+    assert all(f"{name}: {method.summary}" in text for name, method in METHODS.items())
 
 
 def test_help_shows_the_default_that_holds() -> None:
     text = " ".join(parser().format_help().split())
-    assert "(default: 5 for full, 10 for head, 10 for lora-c)" in text
+    assert "(default: 10, 5 for full)" in text
     assert f"(default: {TrainConfig().batch_size})" in text
     assert "nominal rank r (default: 4)" in text
 

@@ -11,13 +11,14 @@ import pytest
 from networks import NAMES, SPEC, trained
 
 from lorac_deploy.commands import export_training_artifact
-from lorac_deploy.commands.plan import main, memory_size
+from lorac_deploy.commands.plan import main
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.memory import PROCESS
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.cli import parser as finetune_parser
+from lorac_runtime.config import size_in_bytes
 from lorac_runtime.manifest import TrainingDefaults
 
 
@@ -49,7 +50,7 @@ def planned(artifact: Path, memory: str, *more: str, capsys: pytest.CaptureFixtu
     ],
 )
 def test_sizes_are_read_in_thousands_and_in_powers_of_two(text: str, size: int) -> None:
-    assert memory_size(text) == size
+    assert size_in_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-1MB", "256 TB", "1e9", "2,5GB", "0MB", "256IB"])

@@ -96,17 +96,39 @@ def test_lora_c_from_a_checkpoint_leaves_an_adapter(npz: Path, base: Path, tmp_p
 
 def test_parts_of_a_network_and_of_its_adapters_train_as_asked(npz: Path, base: Path, tmp_path: Path) -> None:
     argv = ["--data", str(npz), "--base", str(base), "--epochs", "1"]
-    lora = ["--method", "lora-c", "--rank", "1", "--freeze-a", "--blocks", "layer3.2,conv1"]
+    lora = ["--method", "lora-c", "--rank", "1", "--freeze-a", "--blocks", "layer3.2,conv1,head"]
     assert main([*argv, "--out", str(tmp_path / "lora"), *lora]) == 0
     found = report(tmp_path / "lora")
     assert found["trained_parameters"] == 2 * 64 * 3 * 3 + 16 * 27 + 64 * 3  # two lora_b, stem, head
-    assert (found["config"]["lora_freeze_a"], found["config"]["lora_blocks"]) == (True, ["layer3.2", "conv1"])
+    assert (found["config"]["lora_freeze_a"], found["config"]["lora_blocks"]) == (True, ["layer3.2", "conv1", "head"])
     assert "layer3.2.conv1.lora_a" in load_adapter(tmp_path / "lora" / "adapter.safetensors").tensors
     assert main([*argv, "--out", str(tmp_path / "full"), "--blocks", "layer3", "--bn", "frozen"]) == 0
     before, after = (load_checkpoint(folder).module.state_dict() for folder in (base, tmp_path / "full"))
     changed = {name.split(".")[0] for name, value in before.items() if not equal({"": value}, {"": after[name]})}
-    assert changed == {"layer3", "linear"}
+    assert changed == {"layer3"}
     assert report(tmp_path / "full")["config"]["lora_blocks"] == ["layer3"]
+
+
+@pytest.mark.parametrize(("word", "layers"), [("front", {"conv1", "layer1"}), ("rear", {"layer3", "linear"})])
+def test_blocks_are_named_by_words_too(npz: Path, base: Path, tmp_path: Path, word: str, layers: set[str]) -> None:
+    argv = ["--data", str(npz), "--base", str(base), "--epochs", "1", "--method", "blocks", "--blocks", word]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 0
+    before, after = (load_checkpoint(folder).module.state_dict() for folder in (base, tmp_path / "out"))
+    changed = {name.split(".")[0] for name, value in before.items() if not equal({"": value}, {"": after[name]})}
+    assert changed == layers
+    assert report(tmp_path / "out")["config"]["lora_blocks"] == [word]
+
+
+def test_a_fresh_head_outside_of_the_blocks_is_refused(
+    npz: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--data", str(npz), "--base", str(base), "--new-head", "--epochs", "1", "--method", "blocks", "--blocks"]
+    with pytest.raises(SystemExit):
+        main([*argv, "front", "--out", str(tmp_path / "out")])
+    assert "method blocks in blocks front would leave it at them: add head to" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert main([*argv, "front,head", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_lora_c_from_weights_leaves_the_base_too(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +267,7 @@ def test_an_earlier_checkpoint_stays_whole_when_training_fails(npz: Path, base: 
         (["--rank", "8"], "--rank goes with --method lora-c"),
         (["--learnable-alpha"], "--learnable-alpha goes with --method lora-c"),
         (["--freeze-a"], "--freeze-a goes with --method lora-c"),
-        (["--method", "head", "--base", "b", "--blocks", "x"], "--blocks goes with --method lora-c or full"),
+        (["--method", "head", "--base", "b", "--blocks", "x"], "--blocks goes with --method lora-c"),
         ([*QUICK, "--blocks", "layer9"], "'layer9' holds no layer that could train: there are conv1, layer1, layer2"),
         (["--blocks", "layer1,"], "blocks must be a tuple of layer names"),
         (["--download"], "--download goes with cifar10 and cifar100"),

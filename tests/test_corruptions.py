@@ -13,17 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorac_deploy.corruptions import DRIFTS, corrupt, list_corruptions
+from lorac_deploy.corruptions import CIFAR_C, DRIFTS, corrupt, list_corruptions
 from lorac_deploy.corruptions.blur import disk
+from lorac_deploy.corruptions.frost import PANES, SIDE, frost, pane
+from lorac_deploy.corruptions.spatter import MUD, WATER
 from lorac_deploy.corruptions.weather import plasma, refine
 
 ALL = list_corruptions()
 RANDOM = {
     "gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur", "snow", "fog",
-    "elastic_transform", "fog_noise",
+    "frost", "spatter", "elastic_transform", "fog_noise",
 }  # fmt: skip
-# The published constants of the first three do not grow from one severity to the next; an angle is no distance.
-UNORDERED = {"glass_blur", "saturate", "elastic_transform", "rotate"}
+# The published constants of these do not grow from one severity to the next; an angle is no distance.
+UNORDERED = {"glass_blur", "saturate", "elastic_transform", "frost", "spatter", "rotate"}
 
 
 def scene(n: int = 4, side: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -42,6 +44,13 @@ def grey(level: int) -> np.ndarray:
 
 def difference(images: np.ndarray, name: str, severity: int) -> float:
     return float(np.abs(corrupt(images, name, severity).astype(int) - images).mean())
+
+
+def test_all_nineteen_are_there_in_the_published_order() -> None:
+    assert len(CIFAR_C) == len(set(CIFAR_C)) == 19
+    assert CIFAR_C[7:10] == ("snow", "frost", "fog")
+    assert CIFAR_C[15:] == ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+    assert CIFAR_C + DRIFTS == ALL
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -213,6 +222,70 @@ def test_glass_blur_moves_pixels_by_one_per_round() -> None:
     assert not moved[:2].any()
     assert not moved[:, :2].any()
     np.testing.assert_allclose((moved[2:, 2:] == 4).mean(), 0.5, atol=0.06)
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_zoom_blur_averages_the_published_number_of_enlargements(severity: int) -> None:
+    point = np.zeros((1, 101, 101, 1), np.uint8)
+    point[0, 100, 100] = 255  # only in the image itself and in the first "enlargement", by nothing
+    count = [7, 12, 16, 21, 26][severity - 1]
+    assert corrupt(point, "zoom_blur", severity)[0, 100, 100, 0] == int(255 * 2 / (count + 1) + 1e-6)
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_frost_mixes_by_the_published_shares(severity: int) -> None:
+    kept, added = [(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)][severity - 1]
+    black, grey_image = np.zeros((SIDE, SIDE, 3)), np.full((SIDE, SIDE, 3), 0.4)
+    ice = frost(black, severity, np.random.default_rng(0))
+    np.testing.assert_allclose(frost(grey_image, severity, np.random.default_rng(0)) - ice, 0.4 * kept)
+    means = [added * pane(number).mean() for number in range(PANES)]
+    assert min(abs(ice.mean() - mean) for mean in means) < 1e-9
+
+
+def test_frost_uses_all_panes_and_continues_them_at_their_borders() -> None:
+    means = {corrupt(np.zeros((1, SIDE, SIDE, 3), np.uint8), "frost", 5, seed=seed).mean() for seed in range(30)}
+    assert len(means) == PANES
+    wide = frost(np.zeros((8, 2 * SIDE, 3)), 5, np.random.default_rng(0))
+    np.testing.assert_array_equal(wide[:, :SIDE], wide[:, SIDE:])
+    for axis in (0, 1):
+        texture = pane(0)
+        seam = np.abs(texture.take(0, axis) - texture.take(-1, axis)).mean()
+        assert seam < 2 * np.abs(np.diff(texture, axis=axis)).mean()
+
+
+@pytest.mark.parametrize("number", range(PANES))
+def test_a_pane_is_bluish_white_and_rich_in_contrast_at_the_size_of_small_images(number: int) -> None:
+    texture = pane(number)
+    assert 0 <= texture.min() < texture.max() <= 1
+    assert (np.diff(texture, axis=2) >= 0).all()  # red <= green <= blue
+    assert 0.5 < texture.mean() < 0.8
+    tiles = texture.mean(axis=2).reshape(8, 32, 8, 32)
+    assert np.median(tiles.std(axis=(1, 3))) > 0.15
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_spatter_lays_the_colour_of_its_liquid(severity: int) -> None:
+    change = corrupt(grey(100), "spatter", severity).astype(int)[0].reshape(-1, 3) - 100
+    wet = change[np.abs(change).max(axis=1) > 5]
+    assert 0.005 < len(wet) / len(change) < 0.6
+    expected = MUD - 100 / 255 if severity >= 4 else WATER
+    np.testing.assert_allclose(
+        wet / np.linalg.norm(wet, axis=1)[:, None] @ expected / np.linalg.norm(expected), 1, atol=0.03
+    )
+
+
+def test_spatter_on_a_grey_image_is_grey() -> None:
+    black = np.zeros((1, 160, 160, 1), np.uint8)
+    for severity, colour in ((1, 0.5 * WATER), (5, MUD)):
+        brightest = corrupt(black, "spatter", severity).max()
+        assert brightest == pytest.approx(255 * colour @ [0.299, 0.587, 0.114], abs=2)
+
+
+def test_mud_hides_what_is_behind_it() -> None:
+    dark, light = (corrupt(grey(level), "spatter", 4, seed=1)[0].astype(int) for level in (0, 255))
+    covered = np.abs(corrupt(grey(0), "spatter", 4, seed=1)[0] / 255 - MUD).max(axis=2) < 0.01
+    assert covered.mean() > 0.001
+    assert dark[~covered].mean() < 20 < 230 < light.mean()
 
 
 def test_elastic_transform_moves_but_keeps_the_palette() -> None:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
+from small_artifacts import export
 from torch import nn
 
 from lorac_exporters.costs import artifact_costs
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import load
-from small_artifacts import export
 
 PIXELS, BATCH = 100, 4
 STEM, BODY, LAST, HEAD = 27 * 16 * PIXELS, 144 * 16 * PIXELS, 16 * 24 * PIXELS, 24 * 4  # multiply-adds of an image

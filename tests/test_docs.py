@@ -17,6 +17,7 @@ SECTIONS = (
     manifest.InputSpec,
     manifest.OutputSpec,
     manifest.Adapter,
+    manifest.Partial,
     manifest.Trainable,
     manifest.BatchNorm,
     manifest.Patch,

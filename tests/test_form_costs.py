@@ -23,6 +23,8 @@ WORK = {"branch": branch_work, "weight": weight_work}
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
+    """A convolution, or with ``kernel`` 0 a fully connected layer."""
+
     c_in: int
     c_out: int
     size: int
@@ -30,22 +32,30 @@ class Layer:
     rank: int
     stride: int = 1
     groups: int = 1
+    pairs: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        return (self.c_out, self.c_in // self.groups, self.kernel, self.kernel)
+        return (self.c_out, self.c_in // self.groups, *([self.kernel] * 2 if self.kernel else []))
 
     def adapter(self, layout: Layout = "spatial") -> Adapter:
-        return Adapter("body", "w", "a", "b", self.shape, self.groups, self.rank, self.rank, 1.0, layout)
+        return Adapter(
+            "body", "w", "a", "b", self.shape, self.groups, self.rank, self.rank, 1.0, layout, None, self.pairs
+        )
 
     def model(self) -> ir.Model:
+        if not self.kernel:
+            tensors = {"x": normal(2, self.c_in), "w": normal(*self.shape)}
+            return graph_of("y = Gemm <transB = 1> (x, w)", tensors, fixed=["w"])
         half = self.kernel // 2
         how = f"strides = [{self.stride}, {self.stride}], pads = [{half}, {half}, {half}, {half}]"
         tensors = {"x": normal(2, self.c_in, self.size, self.size), "w": normal(*self.shape)}
         return graph_of(f"y = Conv <{how}, group = {self.groups}> (x, w)", tensors, fixed=["w"])
 
     def geometry(self) -> Geometry:
+        if not self.kernel:
+            return Geometry.without_axes(self.c_in, self.c_out)
         (node,) = convolutions(self.model().graph)
         return Geometry.of(node)
 
@@ -57,7 +67,8 @@ def step(layer: Layer, layout: Layout, form: Form) -> ir.Graph:
     """Forward and the gradients of x and the adapter's tensors."""
     model = layer.model()
     tape = Tape(model.graph)
-    a, b = (tape.input(name, shape) for name, shape in zip("ab", adapter_shapes(layer.shape, layer.rank), strict=True))
+    shapes = adapter_shapes(layer.shape, layer.rank, layer.pairs)
+    a, b = (tape.input(name, shape) for name, shape in zip("ab", shapes, strict=True))
     add_adapters(tape, {"w": layer.adapter(layout)}, {"w": Factors(a, b, 0.5)}, form_of(form))
     y = model.graph.outputs[0]
     differentiate(tape, y, [model.graph.inputs[0], a, b], seed=y)
@@ -67,8 +78,11 @@ def step(layer: Layer, layout: Layout, form: Form) -> ir.Graph:
 def multiplications(graph: ir.Graph, batch: int) -> int:
     """Multiply-adds of its convolutions and matrix products."""
 
+    def numbers(value: ir.Value) -> list[int]:
+        return [size if isinstance(size, int) else batch for size in dims(value)]
+
     def elements(value: ir.Value) -> int:
-        return math.prod(size if isinstance(size, int) else batch for size in dims(value))
+        return math.prod(numbers(value))
 
     total = 0
     for node in graph:
@@ -76,7 +90,7 @@ def multiplications(graph: ir.Graph, batch: int) -> int:
             total += elements(node.outputs[0]) * math.prod(sizes(need(node.inputs[1]), 1))
         if node.op_type in ("MatMul", "Gemm"):
             inner = -2 if int_attribute(node, "transA", 0) else -1
-            total += elements(node.outputs[0]) * sizes(need(node.inputs[0]), -2)[inner]
+            total += elements(node.outputs[0]) * numbers(need(node.inputs[0]))[inner]
     return total
 
 
@@ -87,6 +101,7 @@ COUNTED = {
     "5x5": Layer(10, 12, 9, 5, 5),
     "groups": Layer(6, 12, 7, 3, 4, groups=2),
     "depthwise": Layer(6, 6, 7, 3, 2, groups=6),
+    "fully connected": Layer(6, 10, 0, 0, 4),
 }
 
 
@@ -97,6 +112,28 @@ def test_the_estimate_counts_the_multiplications_of_the_graph(name: str, layout:
     layer = COUNTED[name]
     counted = WORK[form](layer.adapter(layout), layer.geometry(), 3)
     assert counted.constant + counted.narrow + counted.changing == multiplications(step(layer, layout, form), 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_updated_weight_of_several_pairs_costs_as_much_as_that_of_one(layout: Layout) -> None:
+    for pairs in (1, 2, 10):
+        layer = Layer(6, 10, 7, 3, 4, pairs=pairs)
+        counted = weight_work(layer.adapter(layout), layer.geometry(), 3)
+        assert counted.changing == multiplications(step(layer, layout, "weight"), 3)
+
+
+def test_several_pairs_have_one_form_also_where_a_branch_would_be_cheaper() -> None:
+    assert NETWORKS["resnet18 64"].cheaper(32) == "branch"
+    assert dataclasses.replace(NETWORKS["resnet18 64"], pairs=64).cheaper(32) == "weight"
+
+
+@pytest.mark.parametrize(
+    ("rank", "batch", "form"), [(4, 32, "branch"), (256, 32, "branch"), (4, 1024, "branch"), (256, 1024, "weight")]
+)
+def test_a_fully_connected_layer_forms_its_update_where_the_batch_outweighs_it(
+    rank: int, batch: int, form: Form
+) -> None:
+    assert Layer(512, 512, 0, 0, rank).cheaper(batch) == form
 
 
 def test_a_branch_leaves_the_trunk_its_constant_weight() -> None:

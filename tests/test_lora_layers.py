@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorac_deploy.lora_layers import LayerAdapter, LoraConv, LoraConv1d, LoraConv2d, adapt, merge, release
+from lorac_deploy.lora_layers import (
+    LayerAdapter,
+    LoraConv1d,
+    LoraConv2d,
+    LoraLayer,
+    LoraLinear,
+    Plain,
+    adapt,
+    merge,
+    release,
+)
 from lorac_runtime.delta import LAYOUTS, Layout, adapter_rank
 
 TOLERANCE = 1e-12  # float64
@@ -22,32 +32,38 @@ TOLERANCE = 1e-12  # float64
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 
-def update(layer: LoraConv, scale: float | Tensor) -> Tensor:
+def update(layer: LoraLayer, scale: float | Tensor) -> Tensor:
     """Element by element: each names the row of B and the column of A that it is made of."""
-    shape = tuple(layer.weight.shape) if layer.weight.ndim == 4 else (*layer.weight.shape[:2], 1, layer.weight.shape[2])
-    _, c_in, k_h, k_w = shape
+    shape = {2: (*layer.weight.shape, 1, 1), 3: (*layer.weight.shape[:2], 1, layer.weight.shape[-1])}.get(
+        layer.weight.ndim, tuple(layer.weight.shape)
+    )
+    c_out, c_in, k_h, k_w = shape
     o, i, u, v = np.indices(shape)
     if layer.adapter.layout == "spatial":
         rows, columns = o * k_h + u, i * k_w + v
     else:
         n = (i * k_h + u) * k_w + v
         rows, columns = o * k_h + n // (c_in * k_w), n % (c_in * k_w)
-    products = layer.lora_b[torch.from_numpy(rows)] * layer.lora_a.T[torch.from_numpy(columns)]
+    pair = torch.from_numpy(o // (c_out // layer.adapter.pairs))  # whose rows of A belong to the channel
+    own = layer.lora_a.reshape(layer.adapter.pairs, layer.adapter.rank, -1)[pair, :, torch.from_numpy(columns)]
+    products = layer.lora_b[torch.from_numpy(rows)] * own
     return (scale * products.sum(-1)).reshape(layer.weight.shape)
 
 
 def explicit(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution by PyTorch's own class, with a weight given from outside."""
+    """The layer by PyTorch's own class, with a weight given from outside."""
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight, layer.bias)
     base = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
     return base._conv_forward(layer, x, weight, layer.bias)
 
 
-def touched(conv: nn.Conv1d | nn.Conv2d, layout: Layout = "spatial", *, r: int = 2, learnable: bool = False) -> Any:
+def touched(conv: Plain, layout: Layout = "spatial", *, r: int = 2, learnable: bool = False, pairs: int = 1) -> Any:
     """An adapter whose ``lora_b`` is no longer zero."""
     rank = adapter_rank(r, tuple(conv.weight.shape), "rk")
-    settings_ = LayerAdapter(r=r, rank=rank, alpha=3.0, layout=layout, learnable_alpha=learnable)
-    kind: Any = LoraConv1d if isinstance(conv, nn.Conv1d) else LoraConv2d
-    layer = kind.from_conv(conv, settings_, generator=torch.Generator().manual_seed(1))
+    settings_ = LayerAdapter(r=r, rank=rank, alpha=3.0, layout=layout, learnable_alpha=learnable, pairs=pairs)
+    make: Any = {nn.Conv1d: LoraConv1d.from_conv, nn.Conv2d: LoraConv2d.from_conv, nn.Linear: LoraLinear.from_linear}
+    layer = make[type(conv)](conv, settings_, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         layer.lora_b.normal_(generator=torch.Generator().manual_seed(2))
     return layer
@@ -79,18 +95,36 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv1d | nn.Conv2d, Tensor]:
 
 
 @settings(max_examples=40)
-@given(case=convolutions(), layout=st.sampled_from(LAYOUTS))
+@given(case=convolutions(), layout=st.sampled_from(LAYOUTS), kernel_wise=st.booleans())
 def test_forward_and_the_fused_convolution_equal_the_written_out_formula(
-    case: tuple[nn.Conv2d, Tensor], layout: Layout
+    case: tuple[nn.Conv2d, Tensor], layout: Layout, kernel_wise: bool
 ) -> None:
     conv, x = case
-    layer = touched(conv, layout)
+    layer = touched(conv, layout, pairs=conv.out_channels if kernel_wise else 1)
     expected = explicit(conv, x, conv.weight + update(layer, 1.5))
     fused = layer.to_conv()
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=TOLERANCE)
     assert torch.equal(fused(x), layer(x))
     assert type(fused) is type(conv)
     assert not torch.equal(conv(x), layer(x))
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 6])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+def test_an_adapted_linear_layer_equals_the_written_out_formula(pairs: int, shape: tuple[int, ...]) -> None:
+    linear, x = nn.Linear(8, 6, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    layer = touched(linear, pairs=pairs, learnable=True)
+    expected = explicit(linear, x, linear.weight + update(layer, layer.lora_alpha / 2))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=TOLERANCE)
+    parameters = [layer.lora_a, layer.lora_b, layer.lora_alpha]
+    found, wanted = (torch.autograd.grad(y.square().sum(), parameters) for y in (layer(x), expected))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    plain = layer.to_linear()
+    assert type(plain) is nn.Linear
+    assert torch.equal(plain(x), layer(x))
+    assert sorted(layer.state_dict()) == ["bias", "lora_a", "lora_alpha", "lora_b", "weight"]
+    assert "in_features=8, out_features=6, bias=True, r=2" in repr(layer)
 
 
 @given(case=convolutions())
@@ -226,7 +260,7 @@ def test_torch_export_gives_the_same_output_with_and_without_the_adapter(learnab
     for module in (layer, layer.to_conv()):
         program = torch.export.export(module, (x,))
         torch.testing.assert_close(program.module()(x), layer(x))
-        assert any("lora_a" in name for name in program.state_dict) == isinstance(module, LoraConv)
+        assert any("lora_a" in name for name in program.state_dict) == isinstance(module, LoraLayer)
 
 
 class OwnConv(nn.Conv2d):
@@ -235,13 +269,15 @@ class OwnConv(nn.Conv2d):
 
 @pytest.mark.parametrize("conv", [OwnConv(4, 4, 3), nn.ConvTranspose2d(4, 4, 2), nn.Conv3d(4, 4, 3)])
 def test_other_convolutions_are_refused(conv: Any) -> None:
-    with pytest.raises(TypeError, match=f"only plain nn.Conv1d and nn.Conv2d.*{type(conv).__name__}"):
+    with pytest.raises(TypeError, match=f"only plain nn.Conv1d, nn.Conv2d and nn.Linear.*{type(conv).__name__}"):
         adapt(conv, LayerAdapter(1, 1, 2.0, "spatial"))
 
 
 def test_the_constructor_says_how_a_layer_is_made() -> None:
     with pytest.raises(TypeError, match=r"LoraConv2d\.from_conv\(conv"):
         LoraConv2d(4, 4, 3)
+    with pytest.raises(TypeError, match=r"LoraLinear\.from_linear\(linear"):
+        LoraLinear(4, 4)
 
 
 def test_settings_and_rank_are_printed() -> None:

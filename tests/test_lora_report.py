@@ -102,22 +102,23 @@ def test_with_a_frozen_a_only_the_b_factors_stem_and_head_are_counted() -> None:
     assert counted(LoraConfig(rank=4)) > counted(LoraConfig(rank=4, freeze_a=True))
 
 
-def test_of_a_block_its_factors_and_the_head_are_counted() -> None:
+def test_of_a_block_its_factors_are_counted_and_the_head_where_it_is_one() -> None:
     layer4 = (
         (512 + 256) * 9 * 4 + 3 * (512 + 512) * 9 * 4 + (512 + 256) * 4
     )  # convolutions, and the 1x1 of the shortcut
-    assert counted(LoraConfig(rank=4, blocks=("layer4",))) == layer4 + 5120
-    assert counted(LoraConfig(rank=4, blocks=("layer4", "conv1"))) == layer4 + 5120 + 64 * 27
+    assert counted(LoraConfig(rank=4, blocks=("layer4",))) == layer4
+    assert counted(LoraConfig(rank=4, blocks=("layer4", "fc", "conv1"))) == layer4 + 5120 + 64 * 27
 
 
 def test_the_report_says_what_of_the_adapters_is_frozen_and_which_layers_are_outside() -> None:
     report = attach(tiny(), LoraConfig(rank=1, freeze_a=True, blocks=("2", "4")))
     assert str(report) == (
-        "lora-c: 152 trained of 1,109 parameters (13.71 %); 1 adapted layers, 1 tensors in full, 3 layers frozen; "
+        "lora-c: 72 trained of 1,109 parameters (6.49 %); 1 adapted layers, 0 tensors in full, 4 layers frozen; "
         "lora_a frozen, 72 parameters"
     )
     assert report.frozen == (
         ("0", "outside of the trained blocks"),
         ("4", "its adapter would not be smaller than its weight"),
         ("5", "outside of the trained blocks"),
+        ("8", "outside of the trained blocks"),
     )

@@ -42,7 +42,7 @@ class Net(nn.Sequential):
         super().__init__()
         torch.manual_seed(0)
         self.early = nn.Conv2d(3, 8, 3)
-        self.middle = nn.Sequential(nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())
+        self.mid = nn.Sequential(nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())
         self.late = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Tanh())
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(16, 4)
@@ -81,7 +81,7 @@ def step(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     ("method", "lora"),
-    [("lora-c", FROZEN_A), ("lora-c", LATE), ("lora-c", BOTH), ("full", LoraConfig(blocks=("late", "middle")))],
+    [("lora-c", FROZEN_A), ("lora-c", LATE), ("lora-c", BOTH), ("full", LoraConfig(blocks=("late", "mid")))],
 )
 def test_a_step_of_the_artifact_is_pytorchs(tmp_path: Path, method: str, lora: LoraConfig) -> None:
     net = prepared(method, lora)
@@ -139,9 +139,10 @@ def test_trained_parameters_are_counted_by_the_formula(tmp_path: Path) -> None:
     stem = 8 * 27
     counts = {
         LoraConfig(rank=2, freeze_a=True): stem + middle + late + head,
-        LoraConfig(rank=2, freeze_a=True, blocks=("late",)): late + head,
-        LATE: late + (8 * 3 + 8 * 3) * rank + head,
-        LoraConfig(rank=2, blocks=("early",)): stem + head,
+        LoraConfig(rank=2, freeze_a=True, blocks=("late",)): late,
+        LATE: late + (8 * 3 + 8 * 3) * rank,
+        LoraConfig(rank=2, blocks=("late", "head")): late + (8 * 3 + 8 * 3) * rank + head,
+        LoraConfig(rank=2, blocks=("early",)): stem,
     }
     for number, (lora, count) in enumerate(counts.items()):
         assert export(tmp_path / str(number), lora).manifest.trained_parameters == count
@@ -150,19 +151,19 @@ def test_trained_parameters_are_counted_by_the_formula(tmp_path: Path) -> None:
 def test_layers_outside_keep_their_bytes_and_the_exporter_says_why(tmp_path: Path) -> None:
     report = export(tmp_path / "artifact", LATE)
     outside = "outside of the trained blocks"
-    assert report.frozen == (("early", outside), ("middle.1", outside))
-    assert {p.tensor for p in report.manifest.patches} == {"late.0.weight", "late.1.weight", "fc.weight"}
+    assert report.frozen == (("early", outside), ("mid.1", outside), ("fc", outside))
+    assert {p.tensor for p in report.manifest.patches} == {"late.0.weight", "late.1.weight"}
 
 
 @pytest.mark.parametrize("method", ["lora-c", "full", "head"])
 def test_blocks_that_fit_neither_network_nor_method_leave_nothing_behind(tmp_path: Path, method: str) -> None:
-    text = "head trains the head alone" if method == "head" else "'layer4' holds no layer .* early, middle, late, fc"
+    text = "head trains the head alone" if method == "head" else "'layer4' holds no layer .* early, mid, late, fc"
     with pytest.raises(ConversionError, match=text):
         export(tmp_path / "artifact", LoraConfig(blocks=("layer4",)), method=method)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("method", "lora"), [("lora-c", BOTH), ("full", LoraConfig(blocks=("late", "middle")))])
+@pytest.mark.parametrize(("method", "lora"), [("lora-c", BOTH), ("full", LoraConfig(blocks=("late", "mid")))])
 def test_a_device_adapter_gives_pytorch_the_fused_network(tmp_path: Path, method: str, lora: LoraConfig) -> None:
     manifest = export(tmp_path / "artifact", lora, method=method).manifest
     file = load_adapter(tmp_path / "artifact" / mf.ADAPTER)
@@ -183,10 +184,10 @@ def test_a_device_adapter_gives_pytorch_the_fused_network(tmp_path: Path, method
 
 def test_an_adapter_of_other_blocks_is_refused(tmp_path: Path) -> None:
     save_module_adapter(tmp_path / "cloud.safetensors", prepared("lora-c", LATE), model="net")
-    with pytest.raises(AdapterError, match=r"middle\.1\.lora_b is missing"):
+    with pytest.raises(AdapterError, match=r"mid\.1\.lora_b is missing"):
         export(tmp_path / "artifact", LoraConfig(rank=2), adapter=tmp_path / "cloud.safetensors")
     other = prepared("lora-c", LoraConfig(rank=2))
-    with pytest.raises(AdapterError, match=r"middle\.1\.lora_b is missing"):
+    with pytest.raises(AdapterError, match=r"mid\.1\.lora_b is missing"):
         load_module_adapter(tmp_path / "cloud.safetensors", other)
 
 
@@ -235,15 +236,15 @@ def test_other_policies_of_batch_normalisation_train_in_part_too(
     tmp_path: Path, policy: mf.BnPolicy, engine: EngineChoice
 ) -> None:
     net = Net()
-    net.middle[0] = nn.BatchNorm2d(8)
-    lora = LoraConfig(rank=2, freeze_a=True, blocks=("middle",))
+    net.mid[0] = nn.BatchNorm2d(8)
+    lora = LoraConfig(rank=2, freeze_a=True, blocks=("mid",))
     config = ArtifactConfig(lora=lora, bn_policy=policy, engine=engine)
     graph = export_graph(net.eval(), SPEC.shape)
     write_artifact(graph, tmp_path / "artifact", name="net", spec=SPEC, class_names=NAMES, config=config)
     data = local_images(tmp_path / "data.npz")
     finetune(tmp_path / "artifact", data, tmp_path / "out", FinetuneConfig(epochs=2, batch_size=8))
     before, after = (load_adapter(tmp_path / name / mf.ADAPTER).tensors for name in ("artifact", "out"))
-    assert {n for n in before if np.array_equal(before[n], after[n])} == {"middle.1.lora_a"}
+    assert {n for n in before if np.array_equal(before[n], after[n])} == {"mid.1.lora_a"}
     attach_adapter(tmp_path / "out" / mf.ADAPTER, net)
     images = random_inputs(SPEC, 3, seed=2)
     expected = net.eval()(torch.from_numpy(images)).detach().numpy()

@@ -127,28 +127,30 @@ def test_freezing_a_changes_neither_adapters_nor_frozen_layers() -> None:
         (("part.1",), ["part.1.a"]),
         (("part.1.a",), ["part.1.a"]),
         (("party", "part.0"), ["part.0.a", "party"]),
-        (("fc",), []),
         (("part", "part.0", "party"), ["part.0.a", "part.1.a", "party"]),
     ],
 )
-def test_blocks_adapt_the_layers_of_these_names_and_below_and_always_train_the_head(
-    blocks: tuple[str, ...], layers: list[str]
+@pytest.mark.parametrize("head", [(), ("fc",), ("head",)])
+def test_blocks_adapt_the_layers_of_these_names_and_below_and_nothing_else(
+    blocks: tuple[str, ...], layers: list[str], head: tuple[str, ...]
 ) -> None:
-    plan = METHODS["lora-c"](network(*BODIES), LoraConfig(rank=1, blocks=blocks, biases="all"))
+    plan = METHODS["lora-c"](network(*BODIES), LoraConfig(rank=1, blocks=(*blocks, *head), biases="all"))
     tensors = [f"{layer}.lora_{leaf}" for layer in layers for leaf in "ab"]
     biases = [f"{layer}.bias" for layer in layers]
-    assert [t.name for t in plan.trainables] == [*tensors, *biases, "fc.weight", "fc.bias"]
-    outside = [c.name for c in BODIES if c.name not in layers]
+    classifier = ["fc.weight", "fc.bias"] if head else []
+    assert [t.name for t in plan.trainables] == [*tensors, *biases, *classifier]
+    outside = [c.name for c in BODIES if c.name not in layers] + ([] if head else ["fc"])
     assert plan.frozen == tuple((name, "outside of the trained blocks") for name in outside)
 
 
 def test_the_stem_trains_in_full_where_a_block_names_it_and_is_the_only_one_that_does() -> None:
-    assert trained("lora-c", blocks=("stem",)) == ["stem.weight", "fc.weight"]
+    assert trained("lora-c", blocks=("stem",)) == ["stem.weight"]
     shifted = METHODS["lora-c"](network(*BODIES), LoraConfig(rank=1, blocks=("part",)))
     assert [a.layer for a in shifted.adapters] == ["part.0.a", "part.1.a"]
 
 
-def test_full_training_of_blocks_changes_their_weights_biases_and_norms_and_the_head() -> None:
+@pytest.mark.parametrize("method", ["full", "blocks"])
+def test_full_training_of_blocks_changes_their_weights_biases_and_norms_and_nothing_else(method: str) -> None:
     others = (Trainable("part.norm.weight", (64,), "weight"), Trainable("mix.weight", (64, 64), "weight"))
     facts = Network(
         (*BODIES, conv("part.2.a", 8, 8, 3, 3, obstacle="shared")),
@@ -158,13 +160,15 @@ def test_full_training_of_blocks_changes_their_weights_biases_and_norms_and_the_
         (("part.0.bn.weight", "part.0.bn.bias", 64), ("bn.weight", "bn.bias", 64)),
         others,
     )
-    plan = METHODS["full"](facts, LoraConfig(blocks=("part",)))
+    plan = METHODS[method](facts, LoraConfig(blocks=("part",)))
     convs = ["part.0.a.weight", "part.1.a.weight", "part.0.a.bias", "part.1.a.bias"]
-    rest = ["part.norm.weight", "part.0.bn.weight", "part.0.bn.bias", "fc.weight", "fc.bias"]
+    rest = ["part.norm.weight", "part.0.bn.weight", "part.0.bn.bias"]
     assert [t.name for t in plan.trainables] == convs + rest
     outside = "outside of the trained blocks"
-    assert plan.frozen == (("stem", outside), ("party", outside), ("part.2.a", "shared"), ("mix", outside))
-    assert METHODS["full"](facts, LoraConfig(blocks=("bn",))).trained_parameters == 2 * 64 + 640 + 10
+    frozen = {"stem": outside, "party": outside, "part.2.a": "shared", "mix": outside, "fc": outside}
+    assert plan.frozen == tuple(frozen.items())
+    assert METHODS[method](facts, LoraConfig(blocks=("bn",))).trained_parameters == 2 * 64
+    assert METHODS[method](facts, LoraConfig(blocks=("bn", "head"))).trained_parameters == 2 * 64 + 640 + 10
 
 
 def test_a_block_that_holds_nothing_is_named_with_what_there_is() -> None:
@@ -188,6 +192,20 @@ def test_norms_are_no_blocks_where_they_do_not_train() -> None:
     with pytest.raises(ValueError, match="'bn' holds no layer"):
         METHODS["lora-c"](network(*BODIES), LoraConfig(blocks=("bn",)))
     assert "bn.weight" in trained("full", blocks=("bn",))
+
+
+def test_blocks_in_which_nothing_could_train_are_refused_with_the_reason() -> None:
+    facts = network(STEM, DEPTHWISE, BODY)
+    with pytest.raises(
+        ValueError, match=r"lora-c would train nothing in blocks dw \(dw: its adapter would not be smal"
+    ):
+        METHODS["lora-c"](facts, LoraConfig(blocks=("dw",)))
+    assert METHODS["lora-c"](facts, LoraConfig(blocks=("dw", "body"))).adapters
+
+
+def test_method_blocks_needs_blocks() -> None:
+    with pytest.raises(ValueError, match="none was given: choose of front, middle, rear, head and names of layers"):
+        METHODS["blocks"](network(*BODIES), LoraConfig())
 
 
 def test_the_head_alone_has_no_blocks() -> None:

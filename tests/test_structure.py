@@ -68,7 +68,7 @@ def test_stem_and_head_can_be_named() -> None:
     found = describe(module, stem="first", head="a")
     assert [c.name for c in found.convs] == ["first", "late"]
     assert found.head_weight[0] == "a.weight"
-    assert [t.name for t in found.others] == ["b.weight", "b.bias"]
+    assert [(layer.name, layer.weight, layer.bias) for layer in found.linears] == [("b", "b.weight", "b.bias")]
     assert describe(module).convs[0].name == "late"
 
 

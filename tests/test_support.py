@@ -68,7 +68,8 @@ INTERFACES = {
     "two outputs": ({"y": "float[b,5] y, float[b,4] f"}, "2 outputs (y, f)"),
     "bytes": ({"x": "uint8[b,3,8,8] x"}, "'x' is uint8, expected float32"),
     "half precision": ({"x": "float16[b,3,8,8] x"}, "'x' is float16, expected float32"),
-    "no image": ({"x": "float[b,3] x"}, "expected (batch, channels, height, width)"),
+    "no sample": ({"x": "float[b] x"}, "expected (batch, channels, height, width)"),
+    "a volume": ({"x": "float[b,3,8,8,8] x"}, "(batch, features) of signals"),
     "any size": ({"x": "float[b,3,h,w] x"}, "all sizes but the batch must be numbers"),
 }
 
@@ -93,10 +94,16 @@ def test_half_precision_weights_are_refused_with_their_names() -> None:
     assert "float32 model" in text
 
 
-def test_a_model_without_convolutions_is_refused() -> None:
-    weights = numbers(fc_weight=(5, 192), fc_bias=(5,))
-    model = from_text("f = Flatten (x) y = Gemm <transB = 1> (f, fc.weight, fc.bias)", weights=weights)
-    assert "no convolution" in message(model)
+def test_a_model_without_any_layer_is_refused() -> None:
+    model = from_text("f = Flatten (x) y = Relu (f)", weights={}, y="float[b,192] y")
+    assert "neither a convolution nor a fully connected layer" in message(model)
+
+
+@pytest.mark.parametrize("shape", ["b,12", "b,3,4"])
+def test_a_fully_connected_model_of_signals_is_accepted(shape: str) -> None:
+    weights = numbers(fc_weight=(5, 12), fc_bias=(5,))
+    body = "f = Flatten (x) y = Gemm <transB = 1> (f, fc.weight, fc.bias)"
+    check_supported(from_text(body, weights=weights, x=f"float[{shape}] x"))
 
 
 def test_another_opset_is_refused_with_the_function_that_converts() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hand_tflite import floats, integers, write
 from tflite_pairs import NAMES, SPEC, artifact
 
-from lorac_exporters.references import random_images, run_onnx
+from lorac_exporters.references import random_raw, run_onnx
 from lorac_exporters.tflite import TfliteConfig, export
 from lorac_exporters.tflite.answers import TfliteAnswers
 from lorac_exporters.tflite.reading import read_network, weights_of
@@ -19,7 +19,7 @@ from lorac_runtime.data import preprocess
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import InputSpec
 
-IMAGES = random_images(SPEC, 70, seed=3)
+IMAGES = random_raw(SPEC, 70, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_file_that_takes_one_image_at_a_time_gets_them_so(tmp_path: Path) -> N
     free, fixed = floats(), floats()
     for tensor in fixed.tensors():
         tensor.batch_axis = None
-    images = random_images(spec, 5, seed=0)
+    images = random_raw(spec, 5, seed=0)
     answers = []
     for name, network in (("free", free), ("fixed", fixed)):
         path = write(network, tmp_path / f"{name}.tflite")

@@ -18,7 +18,7 @@ from lorac_deploy.models import ModelSpec, build
 from lorac_exporters import tflite
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.tflite.config import Weights
+from lorac_exporters.tflite_config import Weights
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter

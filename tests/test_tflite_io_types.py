@@ -8,11 +8,11 @@ from tflite_int8_cases import SHAPE, Builder, conv, images
 from tflite_reference import dequantized, float_ranges, rounded
 from tflite_runtimes import PLAIN_KERNELS, RUNTIMES, answers
 
-from lorac_exporters.tflite.config import IO_DTYPES, IoDtype
 from lorac_exporters.tflite.io_types import set_io_types
 from lorac_exporters.tflite.network import Network, Tensor
 from lorac_exporters.tflite.quantize import quantize
 from lorac_exporters.tflite.schema import to_bytes
+from lorac_exporters.tflite_config import IO_DTYPES, IoDtype
 from lorac_runtime.errors import ConversionError
 
 

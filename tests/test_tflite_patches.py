@@ -14,11 +14,11 @@ from torch import nn
 
 from lorac_exporters.canonical import Canonical, canonicalize
 from lorac_exporters.graph_tools import set_array
-from lorac_exporters.tflite.config import WEIGHTS, TfliteConfig
 from lorac_exporters.tflite.export import Prepared, prepare
 from lorac_exporters.tflite.network import Network, Operator, Quantization, Source, Tensor
 from lorac_exporters.tflite.patches import patch_entries, unpatchable, with_partners
 from lorac_exporters.tflite.schema import to_bytes
+from lorac_exporters.tflite_config import WEIGHTS, TfliteConfig
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import InputSpec, Patch

@@ -19,11 +19,13 @@ BAD = {
     "warmup": 1.1,
     "clip_norm": -1.0,
     "bn_policy": "train",
+    "loss": "hinge",
     "augment": "flip",
     "val_fraction": 1.0,
     "keep": "first",
     "seed": -1,
     "threads": 0,
+    "precision": "fp32",
 }
 
 
@@ -55,9 +57,10 @@ def test_the_best_epoch_cannot_be_kept_without_validation() -> None:
     assert TrainConfig(val_fraction=0.0, keep="last").val_fraction == 0
 
 
-def test_every_method_has_defaults_and_only_full_training_moves_statistics() -> None:
+def test_every_method_has_defaults_whose_bn_policy_it_goes_with() -> None:
     assert set(DEFAULTS) == set(METHODS)
-    assert {m for m, config in DEFAULTS.items() if config.bn_policy == "batch"} == {"full"}
+    assert all(METHODS[name].policy(config.bn_policy) == config.bn_policy for name, config in DEFAULTS.items())
+    assert (DEFAULTS["full"].bn_policy, DEFAULTS["lora-c"].bn_policy) == ("batch", "frozen")
 
 
 def test_the_learning_rate_shown_to_users_is_the_one_used() -> None:

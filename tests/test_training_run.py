@@ -71,6 +71,7 @@ CHANGES = {
     "warmup": 0.8,
     "clip_norm": 0.01,
     "bn_policy": "frozen",
+    "loss": "mse",
     "augment": "crop",
     "val_fraction": 0.3,
     "keep": "last",
@@ -90,7 +91,7 @@ def spoil_last(net: nn.Module) -> Callable[[Progress], None]:
 
 
 def test_the_list_of_changes_covers_every_setting() -> None:
-    assert set(CHANGES) | {"threads"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(CHANGES) | {"threads", "precision"} == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -30,6 +30,7 @@ from step_networks import (
     starting,
     step_config,
     step_graph,
+    whole_session,
 )
 
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
@@ -41,6 +42,7 @@ from lorac_exporters.graph_tools import name_of, nodes_of, to_bytes
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import starting_values
 from lorac_exporters.plan import LoraConfig
+from lorac_exporters.prefix import PREFIX
 from lorac_exporters.training_step import (
     EVAL,
     GRADIENT,
@@ -50,6 +52,7 @@ from lorac_exporters.training_step import (
     eval_step,
     gradient_step,
     optimizer_step,
+    prefix_step,
     train_step,
     write,
 )
@@ -114,6 +117,13 @@ def write_small(case: Case, folder: Path) -> Written:
     return Written(folder, write(graphs, folder, start=start, config=step_config(case)), case, net, start, graphs)
 
 
+def images_or_features(written: Written) -> dict[str, tuple[object, ...]]:
+    """What a step takes first: in a network of which only the head trains, what its pooling gives."""
+    if written.case.method == "head":
+        return {"features.mean": ("batch", 16)}
+    return {"input": ("batch", 3, 12, 12)}
+
+
 def one_group(written: Written, prefix: str) -> dict[str, tuple[int, ...]]:
     """The small network has a single packed vector."""
     return {f"{prefix}.0": (sum(int(np.prod(shape)) for shape in written.trained.values()),)}
@@ -130,7 +140,7 @@ def test_a_train_step_takes_and_gives_what_the_contract_says(written: Make, name
     state = {k: v for kind in state_names(made.case.training) for k, v in one_group(made, kind).items()}
     moving = {**made.trained, **statistics(made), **state, "step": ()}
     labels = {} if name == "entropy" else {"labels": ("batch",)}
-    assert inputs == {"input": ("batch", 3, 12, 12), **labels, "lr": (), **moving}
+    assert inputs == {**images_or_features(made), **labels, "lr": (), **moving}
     assert outputs == {"loss", "gradient_norm", *(f"{tensor}.next" for tensor in moving)}
     assert bool(statistics(made)) == (made.case.policy == "batch")
 
@@ -162,6 +172,7 @@ def test_an_eval_step_gives_loss_and_logits(written: Make, name: str) -> None:
 def test_what_was_written_is_named_and_nothing_else_is_there(written: Make, name: str) -> None:
     made = written(name)
     expected = {TRAIN, EVAL, OPTIMIZER, *((WEIGHTS,) if made.case.policy == "batch" else (GRADIENT,))}
+    expected |= {PREFIX} if name == "head" else set()
     assert set(made.names) == expected
     assert {path.name for path in made.folder.iterdir()} == {BASE, *expected}
 
@@ -196,7 +207,8 @@ def test_frozen_weights_lie_outside_and_adapters_that_do_not_train_inside(writte
             same = np.array_equal(made.graphs.base.values.get(tensor), made.graphs.trained.values[tensor])
             assert location == (BASE if same else WEIGHTS), tensor
         frozen = {k for k, v in made.graphs.trained.values.items() if v.ndim and k not in made.start}
-        assert outside.keys() == (frozen if file != OPTIMIZER else set())
+        reads_frozen = (file == PREFIX) if PREFIX in made.names else (file != OPTIMIZER)
+        assert outside.keys() == (frozen if reads_frozen else set())
         fixed = {n: int(np.prod(shape)) for n, shape in made.graphs.plan.fixed.items()}
         assert {k: v for k, v in inside.items() if v > 16} == (fixed if file != OPTIMIZER else {})
 
@@ -231,8 +243,9 @@ def test_every_value_has_the_shape_that_the_graph_says(written: Make, name: str)
     carried = first_state(session(model), made.start)
     model.graph.outputs[:] = values.values()
     images, labels, lr = batches("small")[0]
-    found = run(session(model), {"input": images, "labels": labels, "lr": np.float32(lr), **carried})
-    assert len(found) > 40
+    whole = whole_session(model, made.graphs, made.start, step_config(made.case))
+    found = run(whole, {"input": images, "labels": labels, "lr": np.float32(lr), **carried})
+    assert len(found) > (20 if name == "head" else 40)
     for value_name, value in found.items():
         known = dims(values[value_name])
         assert len(known) == value.ndim, value_name
@@ -313,9 +326,10 @@ def test_the_norm_is_that_before_clipping(written: Make) -> None:
 
 def test_nothing_is_computed_below_the_head_where_it_alone_trains(written: Make) -> None:
     made = written("head")
-    train, evaluate = (make(made.graphs, made.start, step_config(made.case)).graph for make in (train_step, eval_step))
-    assert len(nodes_of(train, "Conv")) == len(nodes_of(evaluate, "Conv")) == 4
-    assert len(nodes_of(train, "Tanh")) == len(nodes_of(evaluate, "Tanh")) == 3
+    made_by = (prefix_step, train_step, eval_step)
+    front, train, evaluate = (make(made.graphs, made.start, step_config(made.case)).graph for make in made_by)
+    assert [len(nodes_of(graph, "Conv")) for graph in (front, train, evaluate)] == [4, 0, 0]
+    assert [len(nodes_of(graph, "Tanh")) for graph in (front, train, evaluate)] == [3, 0, 0]
     # forward to the logits, a matrix product for the gradient of fc.weight, the loss and the update
     assert len(train) <= len(evaluate) + 30
 
@@ -324,9 +338,12 @@ def test_nothing_is_computed_below_the_lowest_block_that_trains() -> None:
     case = Case(SGD, lora=LoraConfig(rank=2, blocks=("conv4",)))
     graphs = graphs_of("small", case, smooth=True)
     start = starting_values(graphs.plan, graphs.base.values, seed=0)
-    graph = train_step(graphs, start, step_config(case)).graph
-    readers = {name: len(graph.initializers[f"{name}.weight"].uses()) for name in ("conv1", "conv2", "conv3", "conv4")}
-    assert readers == {"conv1": 1, "conv2": 1, "conv3": 1, "conv4": 1}
+    found = []
+    for make in (prefix_step, train_step):
+        initializers = make(graphs, start, step_config(case)).graph.initializers
+        weights = (f"conv{i}.weight" for i in range(1, 5))
+        found.append({name: len(initializers[name].uses()) for name in weights if name in initializers})
+    assert found == [{"conv1.weight": 1, "conv2.weight": 1, "conv3.weight": 1}, {"conv4.weight": 1}]
 
 
 def test_the_gradient_of_the_images_is_never_computed(written: Make) -> None:

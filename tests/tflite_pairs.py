@@ -14,7 +14,7 @@ from torch import nn
 
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.references import random_images
+from lorac_exporters.references import random_raw
 from lorac_exporters.torch_graph import export_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, save_adapter
@@ -45,7 +45,7 @@ def artifact(folder: Path, weights: str, *, in_graph: bool = False) -> Path:
     """An artifact whose base.tflite stores ``weights``."""
     config = ArtifactConfig(lora=LoraConfig(rank=2, rank_mode="r"), tflite=weights)  # type: ignore[arg-type]
     spec = dataclasses.replace(SPEC, in_graph=in_graph)
-    calibration = random_images(spec, 32, seed=9) if weights == "int8" else None
+    calibration = random_raw(spec, 32, seed=9) if weights == "int8" else None
     write_artifact(exported(), folder, name="net", spec=spec, class_names=NAMES, config=config, calibration=calibration)
     return folder
 

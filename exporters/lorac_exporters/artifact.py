@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,63 +19,31 @@ import onnx_ir as ir
 import safetensors.numpy
 
 from lorac_exporters import engine_files
+from lorac_exporters.artifact_config import ArtifactConfig as ArtifactConfig
 from lorac_exporters.artifact_folder import beside, check_replaceable
-from lorac_exporters.base_tflite import TFLITE_CHOICES, TfliteBase, TfliteChoice, write_base
+from lorac_exporters.base_tflite import TfliteBase, write_base
 from lorac_exporters.bn_tensors import batchnorm_tensors
-from lorac_exporters.branches import FORM_CHOICES, FormChoice, form_of
-from lorac_exporters.engine_files import EngineChoice, chosen, option_problems
+from lorac_exporters.branches import form_of
+from lorac_exporters.engine_files import chosen
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
-from lorac_exporters.methods import METHODS
+from lorac_exporters.methods.paca import partial_metadata
 from lorac_exporters.patch_table import patch_table
-from lorac_exporters.plan import LoraConfig
+from lorac_exporters.prefix import read_features
 from lorac_exporters.statistics_graph import statistics_graph
 from lorac_exporters.tflite.export import TfliteReport
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
+from lorac_runtime.delta import resolve_rank_mode
 from lorac_runtime.errors import AdapterError
 from lorac_runtime.expected import fixed_tensors
-from lorac_runtime.manifest_checks import training_problems
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str], None]
 STATISTICS = "stats_model.onnx"
 LOGITS_TOLERANCE = 1e-4  # times max(1, largest logit)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArtifactConfig:
-    """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields.
-
-    ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever that can train the model. ``form`` is how that
-    engine computes adapters: thin branches, updated weights, or for each layer what costs less (``auto``). ``tflite``
-    says how base.tflite stores its weights; ``auto`` is float32, or no such file where TFLite cannot do the model.
-
-    Raises ValueError for a value out of range.
-    """
-
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    method: str = "lora-c"
-    bn_policy: mf.BnPolicy = "frozen"
-    engine: EngineChoice = "auto"
-    form: FormChoice = "auto"
-    tflite: TfliteChoice = "auto"
-    training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
-        if self.bn_policy not in mf.BN_POLICIES:
-            raise ValueError(f"BN policy {self.bn_policy!r} is not one of {', '.join(mf.BN_POLICIES)}")
-        problems = [*training_problems(self.training), *option_problems(self.engine, self.training)]
-        if self.form not in FORM_CHOICES:
-            problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
-        if self.tflite not in TFLITE_CHOICES:
-            problems.append(f"tflite {self.tflite!r} is not one of {', '.join(TFLITE_CHOICES)}")
-        if problems:
-            raise ValueError("; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,20 +72,20 @@ def write_artifact(
     config: ArtifactConfig,
     new_head: bool = False,
     adapter: Path | None = None,
-    calibration: npt.NDArray[np.uint8] | None = None,
+    calibration: npt.NDArray[Any] | None = None,
     on_progress: Progress = log.info,
 ) -> ExportReport:
     """Write the artifact of an inference graph into the folder ``out``.
 
     ``model`` is a raw graph (`torch_graph.export_graph` or `onnx_file.read_graph`). ``new_head`` gives it a fresh
     classifier for ``class_names``; otherwise its own must have as many outputs. ``adapter`` starts the device from an
-    adapter trained elsewhere. ``calibration``: images (N, H, W, C), from which an int8 base.tflite takes its ranges.
+    adapter trained elsewhere. ``calibration``: raw images (N, H, W, C) or signals (N, ...), from which an
+    int8 base.tflite takes its ranges.
 
     Raises ConversionError for a model that cannot be trained (every obstacle named), or not be written to TFLite as
     asked, AdapterError for an adapter of another model, OutputError if the folder cannot be written or holds something
     else.
     """
-    started = time.perf_counter()
     check_replaceable(out)
     on_progress("cleaning the graph and planning what trains")
     graphs = build_graphs(
@@ -126,15 +95,46 @@ def write_artifact(
         new_head=new_head,
         method=config.method,
         lora=config.lora,
-        policy=config.bn_policy,
+        policy=config.policy,
     )
+    parameters = count_parameters(graphs.original)
+    naming = Naming(name, class_names, parameters)
+    return write_graphs(
+        graphs, out, naming=naming, config=config, adapter=adapter, calibration=calibration, on_progress=on_progress
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """What a manifest says of its network beside the graphs; ``parameters`` counts those of the original."""
+
+    model: str
+    class_names: tuple[str, ...]
+    parameters: int
+
+
+def write_graphs(
+    graphs: Graphs,
+    out: Path,
+    *,
+    naming: Naming,
+    config: ArtifactConfig,
+    adapter: Path | None = None,
+    calibration: npt.NDArray[Any] | None = None,
+    on_progress: Progress = log.info,
+) -> ExportReport:
+    """Write the artifact of planned graphs; `write_artifact` makes them from a raw one. Raises what that raises."""
+    started = time.perf_counter()
+    check_replaceable(out)
     engines = chosen(config.engine, graphs, config.training)
     with beside(out) as folder:
         on_progress("writing base.onnx")
         ir.save(graphs.base.model, folder / mf.BASE)
         on_progress(f"writing {mf.BASE_TFLITE}")
-        lite = write_base(config.tflite, graphs, folder, name=name, class_names=class_names, images=calibration)
-        manifest = _manifest(folder, graphs, lite, name, class_names, config)
+        lite = write_base(
+            config.tflite, graphs, folder, name=naming.model, class_names=naming.class_names, images=calibration
+        )
+        manifest = _manifest(folder, graphs, lite, naming, config)
         entries = _write_training(folder, graphs, engines, manifest, config, adapter, on_progress)
         manifest = _finished(folder, manifest, entries)
         (folder / mf.FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -157,7 +157,9 @@ def _write_training(
     start = starting_values(graphs.plan, graphs.trained.values, seed=config.lora.seed) | graphs.statistics()
     if adapter is not None:
         start |= _from_adapter(manifest, adapter, tensors)
-    save_adapter(folder / mf.ADAPTER, start, adapter_metadata(manifest, blocks=config.lora.blocks))
+    mode = resolve_rank_mode(config.lora.rank_mode, graphs.network.backbone_parameters)
+    metadata = adapter_metadata(manifest, blocks=config.lora.blocks, rank_mode=mode)
+    save_adapter(folder / mf.ADAPTER, start, metadata | partial_metadata(manifest.partials, config.lora))
     steps = StepConfig(config.training, form_of(config.form, config.training.batch_size))
     entries = {}
     for engine in engines:
@@ -166,20 +168,20 @@ def _write_training(
     return entries
 
 
-def _manifest(
-    folder: Path, graphs: Graphs, lite: TfliteBase, name: str, class_names: tuple[str, ...], config: ArtifactConfig
-) -> mf.Manifest:
+def _manifest(folder: Path, graphs: Graphs, lite: TfliteBase, naming: Naming, config: ArtifactConfig) -> mf.Manifest:
     base = folder / mf.BASE
     return mf.Manifest(
         schema_version=mf.SCHEMA_VERSION,
-        model=name,
+        model=naming.model,
         method=config.method,
-        bn_policy=config.bn_policy,
-        coordinates="unfolded" if config.bn_policy == "batch" else "folded",
+        bn_policy=config.policy,
+        coordinates="unfolded" if graphs.live else "folded",
         input=dataclasses.replace(graphs.spec, name=str(graphs.base.model.graph.inputs[0].name)),
-        output=mf.OutputSpec(str(graphs.base.model.graph.outputs[0].name), len(class_names)),
-        class_names=class_names,
+        output=mf.OutputSpec(str(graphs.base.model.graph.outputs[0].name), len(naming.class_names)),
+        class_names=naming.class_names,
         adapters=graphs.plan.adapters,
+        partials=graphs.plan.partials,
+        additions=graphs.additions,
         trainables=graphs.plan.trainables,
         batchnorms=graphs.base.batchnorms,
         training=config.training,
@@ -187,24 +189,25 @@ def _manifest(
         patches=(*patch_table(base, mf.BASE, lite.shapes), *lite.patches),
         tolerances={"logits": LOGITS_TOLERANCE},
         engines={},
-        model_parameters=count_parameters(graphs.original),
+        model_parameters=naming.parameters,
         versions={p: importlib.metadata.version(p) for p in ("lorac-deploy", "onnx", "onnx-ir")},
         tflite=lite.entry,
     )
 
 
 def _finished(folder: Path, manifest: mf.Manifest, engines: dict[str, mf.EngineEntry]) -> mf.Manifest:
-    """Add the files and the engines to the manifest."""
+    """Add the files, the engines and the features of a frozen front to the manifest."""
     extra = tuple(n for n in (STATISTICS,) if (folder / n).exists())
     engines = {name: dataclasses.replace(entry, files=(*entry.files, *extra)) for name, entry in engines.items()}
     entries = {path.name: mf.FileEntry(mf.sha256(path), path.stat().st_size) for path in sorted(folder.iterdir())}
-    return dataclasses.replace(manifest, files=entries, engines=engines)
+    return dataclasses.replace(manifest, files=entries, engines=engines, features=read_features(folder))
 
 
 def _write_batchnorm(folder: Path, graphs: Graphs) -> dict[str, npt.NDArray[np.generic]]:
     if not graphs.base.batchnorms:
         return {}
-    tensors = batchnorm_tensors(graphs.base.batchnorms, graphs.original.values)
+    known = graphs.norms
+    tensors = batchnorm_tensors(graphs.base.batchnorms, graphs.original.values) if known is None else dict(known)
     safetensors.numpy.save_file(tensors, folder / mf.BATCHNORM)
     if graphs.policy == "recalibrate":
         statistics = statistics_graph(graphs.original.model, graphs.base.batchnorms)
@@ -225,8 +228,14 @@ def _from_adapter(
     return to_manifest_coordinates(manifest, batchnorm, file)
 
 
-def adapter_metadata(manifest: mf.Manifest, *, blocks: tuple[str, ...] = ()) -> dict[str, str]:
-    """The metadata of an adapter file that belongs to this artifact's base; all values are text."""
+def adapter_metadata(
+    manifest: mf.Manifest, *, blocks: tuple[str, ...] = (), rank_mode: Literal["rk", "r"] | None = None
+) -> dict[str, str]:
+    """The metadata of an adapter file that belongs to this artifact's base; all values are text.
+
+    ``rank_mode`` None is the one that the adapters' ranks show; those of layers with a single tap show none.
+    """
+    shown = "rk" if any(a.rank > a.r for a in manifest.adapters) else "r"
     fixed = fixed_tensors(manifest.adapters, manifest.trainables)
     first = manifest.adapters[0] if manifest.adapters else None
     return {
@@ -236,7 +245,7 @@ def adapter_metadata(manifest: mf.Manifest, *, blocks: tuple[str, ...] = ()) -> 
         "method": manifest.method,
         "layout": first.layout if first else "",
         "r": str(first.r) if first else "",
-        "rank_mode": ("rk" if any(a.rank > a.r for a in manifest.adapters) else "r") if first else "",
+        "rank_mode": (rank_mode or shown) if first else "",
         "alpha": repr(first.alpha) if first else "",
         "freeze_a": "true" if fixed else "false",
         "blocks": ",".join(blocks),
@@ -244,4 +253,5 @@ def adapter_metadata(manifest: mf.Manifest, *, blocks: tuple[str, ...] = ()) -> 
         "coordinates": manifest.coordinates,
         "base_sha256": manifest.files[mf.BASE].sha256,
         "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
+        **({} if manifest.additions is None else manifest.additions.settings),
     }

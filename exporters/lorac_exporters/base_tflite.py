@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from lorac_exporters.choices import TfliteChoice as TfliteChoice
 from lorac_exporters.graphs import Graphs
-from lorac_exporters.tflite.config import WEIGHTS, TfliteConfig
 from lorac_exporters.tflite.export import Prepared, TfliteReport, prepare, write
 from lorac_exporters.tflite.patches import patch_entries, with_partners
+from lorac_exporters.tflite_config import TfliteConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import ConversionError
 
-TfliteChoice = Literal["auto", "float32", "fp16", "int8", "none"]
-TFLITE_CHOICES: tuple[TfliteChoice, ...] = ("auto", *WEIGHTS, "none")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -42,9 +40,9 @@ def write_base(
     *,
     name: str,
     class_names: tuple[str, ...],
-    images: npt.NDArray[np.uint8] | None,
+    images: npt.NDArray[Any] | None,
 ) -> TfliteBase:
-    """Write ``folder``/base.tflite as ``choice`` says. ``images`` (N, H, W, C) calibrate int8.
+    """Write ``folder``/base.tflite as ``choice`` says. ``images`` (N, H, W, C), or signals, calibrate int8.
 
     Raises ConversionError if the network cannot be written so, or could not be adapted afterwards; ``auto`` then goes
     without, and says why.
@@ -52,6 +50,12 @@ def write_base(
     wanted = graphs.patched_shapes()
     if choice == "none":
         return TfliteBase(wanted, reason="not asked for")
+    if choice == "int8" and graphs.plan.modules:
+        raise ConversionError(
+            f"method {graphs.plan.method} does not go with --tflite int8: the ranges of activations come from "
+            "calibration images, and what the added modules give is constant until they are trained; "
+            "use float32 or fp16"
+        )
     config = TfliteConfig("float32" if choice == "auto" else choice)
     try:
         prepared = prepare(

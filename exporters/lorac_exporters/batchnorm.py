@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_exporters.graph_tools import (
     array,
+    constant,
     describe,
     float_array,
     float_attribute,
@@ -27,9 +30,12 @@ from lorac_exporters.graph_tools import (
     set_array,
     static_dims,
 )
+from lorac_exporters.plan import Norm
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.folding import fold_bias, fold_conv, fold_factor
-from lorac_runtime.manifest import BatchNorm
+from lorac_runtime.manifest import BatchNorm, Trainable
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,50 @@ def find_batchnorms(graph: ir.Graph) -> tuple[Site, ...]:
 def fold_batchnorms(sites: tuple[Site, ...]) -> list[str]:
     """Remove every BN of ``sites`` from its graph; the function computed stays the same. Returns the changes."""
     return [_fold(site) if site.conv is not None else _make_affine(site) for site in sites]
+
+
+def norm_layers(records: Iterable[BatchNorm], values: Mapping[str, Floats], *, folded: bool) -> tuple[Norm, ...]:
+    """The batch normalisations of a graph with parameters ``values`` that have a scale and a shift of their own there.
+
+    ``folded``: only those that became Mul + Add are left.
+    """
+    kept = [bn for bn in records if bn.affine or not folded]
+    return tuple(
+        Norm(
+            bn.name,
+            Trainable(bn.weight, values[bn.weight].shape, "bn_weight"),
+            Trainable(bn.bias, values[bn.bias].shape, "bn_bias"),
+            None if bn.affine else layer_name(bn.folded_into[0]),
+        )
+        for bn in kept
+    )
+
+
+def as_arithmetic(model: ir.Model) -> None:
+    """Write every BatchNormalization of ``model`` as Mul and Add, in place; its scale and shift stay parameters.
+
+    y = x * s + t with s = gamma / sqrt(var + eps) and t = beta - mean * s, computed in the graph, so that an engine
+    whose BatchNormalization would use the batch's statistics can train gamma and beta all the same.
+    """
+    for node in nodes_of(model.graph, "BatchNormalization"):
+        _write_out(model.graph, node)
+
+
+def _write_out(graph: ir.Graph, node: ir.Node) -> None:
+    x, gamma, beta = (need(value) for value in node.inputs[:3])
+    name, mean, var = layer_name(name_of(gamma)), *(float_array(need(value)) for value in node.inputs[3:5])
+    inverse = fold_factor(np.ones_like(var), var, float_attribute(node, "epsilon", 1e-5)).astype(np.float32)
+    column = constant(graph, f"{name}.column", np.array((1, -1, *(1 for _ in _dims(node)[2:])), np.int64))
+    scale = ir.node("Mul", [gamma, constant(graph, f"{name}.inverse_sigma", inverse)])
+    moved = ir.node("Mul", [scale.outputs[0], constant(graph, f"{name}.mean", mean)])
+    shift = ir.node("Sub", [beta, moved.outputs[0]])
+    columns = [ir.node("Reshape", [part.outputs[0], column]) for part in (scale, shift)]
+    scaled = ir.node("Mul", [x, columns[0].outputs[0]])
+    shifted = ir.node("Add", [scaled.outputs[0], columns[1].outputs[0]])
+    nodes = [scale, moved, shift, *columns, scaled, shifted]
+    for index, added in enumerate(nodes):
+        added.name = added.outputs[0].name = f"{name}.arithmetic_{index}"
+    replace_node(node, nodes, shifted.outputs[0])
 
 
 def _site(node: ir.Node) -> Site:

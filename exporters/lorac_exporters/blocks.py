@@ -38,5 +38,14 @@ def _nearest(block: str, layers: list[str]) -> str:
     parts = block.split(".")
     paths = [layer.split(".") for layer in layers]
     depth = max(d for d in range(len(parts)) if any(path[:d] == parts[:d] for path in paths))
-    names = list(dict.fromkeys(".".join(path[: depth + 1]) for path in paths if path[:depth] == parts[:depth]))
+    return outline((".".join(path) for path in paths if path[:depth] == parts[:depth]), depth)
+
+
+def outline(layers: Iterable[str], depth: int = 0) -> str:
+    """Names of layers cut after ``depth`` dots, each once, shortened.
+
+    >>> outline(["conv1", "layer1.0.conv1", "layer1.0.conv2"])
+    'conv1, layer1'
+    """
+    names = list(dict.fromkeys(".".join(layer.split(".")[: depth + 1]) for layer in layers))
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -2,7 +2,8 @@
 
 ``branch`` computes conv(x, W) + conv(conv(x, A), B), both thin: the trunk keeps its constant weight, for which engines
 have their fastest kernels, and no gradient of the whole weight is ever formed. ``weight`` computes conv(x, W + delta).
-Both equal `lorac_runtime.delta` in value.
+Both equal `lorac_runtime.delta` in value. Of a fully connected layer the branch is (x A^T) (scale B)^T. Adapters of
+several pairs of factors (kernel-wise LoRA) exist as updated weights only.
 """
 
 from __future__ import annotations
@@ -10,24 +11,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from lorac_exporters import form_costs
+from lorac_exporters.choices import FORM_CHOICES as FORM_CHOICES
+from lorac_exporters.choices import FORMS as FORMS
+from lorac_exporters.choices import Form as Form
+from lorac_exporters.choices import FormChoice as FormChoice
 from lorac_exporters.form_costs import cheaper_form
 from lorac_exporters.gradients.geometry import Geometry
 from lorac_exporters.gradients.tape import Attributes, Dims, Tape, dims, sizes
-from lorac_exporters.graph_tools import convolutions, name_of, need, producer
-from lorac_runtime.delta import conv_dims
+from lorac_exporters.graph_tools import need, producer
+from lorac_exporters.linear_layers import weighted_nodes
+from lorac_runtime.delta import adapter_shapes, conv_dims
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import Adapter, TrainingDefaults
 
-Form = form_costs.Form
-FORMS: tuple[Form, ...] = ("branch", "weight")
-FormChoice = Literal["auto", "branch", "weight"]
-FORM_CHOICES: tuple[FormChoice, ...] = ("auto", *FORMS)
 FormOf = Callable[[Adapter, Geometry], Form]
 LEAST_RATIO, LEAST_RATIO_STRIDED = 8 / 3, 4 / 3  # channels per tap and rank from which shifts pay, measured
 
@@ -35,17 +35,28 @@ LEAST_RATIO, LEAST_RATIO_STRIDED = 8 / 3, 4 / 3  # channels per tap and rank fro
 def form_of(choice: FormChoice, batch: int = TrainingDefaults.batch_size) -> FormOf:
     """How the form of a layer's adapter is chosen: the one asked for, or what costs less at this batch size.
 
+    The function raises ConversionError for an adapter that has no branch, where one was asked for.
+
     >>> form_of("weight")(None, None)
     'weight'
     """
     if choice == "auto":
         return lambda adapter, geometry: cheaper_form(adapter, geometry, batch)
-    return lambda _adapter, _geometry: choice
+    return (lambda _adapter, _geometry: "weight") if choice == "weight" else _branch_only
+
+
+def _branch_only(adapter: Adapter, _: Geometry) -> Form:
+    if adapter.pairs > 1:
+        raise ConversionError(
+            f"form branch: {adapter.layer} has an adapter of {adapter.pairs} pairs of factors (kernel-wise), which "
+            "exists as an updated weight only; take form weight or auto"
+        )
+    return "branch"
 
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """The tensors of one adapter in the graph: lora_a (rank, c_in/groups * k_w), lora_b (c_out * k_h, rank).
+    """The tensors of one adapter in the graph: lora_a (pairs * rank, c_in/groups * k_w), lora_b (c_out * k_h, rank).
 
     ``scale`` is alpha / r: a number, or (1,) where alpha trains.
     """
@@ -56,30 +67,47 @@ class Factors:
 
 
 def add_adapters(tape: Tape, adapters: Mapping[str, Adapter], factors: Mapping[str, Factors], form: FormOf) -> None:
-    """Give every adapted convolution of the tape's graph its adapter, in place. Keys are names of weights.
+    """Give every adapted layer of the tape's graph its adapter, in place. Keys are names of weights.
 
-    Raises ConversionError if a weight is not that of a convolution.
+    Raises ConversionError if a weight is not that of a convolution or Gemm, or an adapter has no such form.
     """
     graph = tape.graph
-    nodes = {name_of(node.inputs[1]): node for node in convolutions(graph)}
+    nodes = weighted_nodes(graph)
     missing = sorted(adapters.keys() - nodes.keys())
     if missing:
-        raise ConversionError(f"no convolution of the graph uses {', '.join(missing)}; was the graph changed?")
+        raise ConversionError(f"no layer of the graph uses {', '.join(missing)}; was the graph changed?")
     for name, adapter in adapters.items():
-        geometry = Geometry.of(nodes[name])
-        _FORMS[form(adapter, geometry)](tape, nodes[name], geometry, adapter, factors[name])
+        node, (c_out, c_in, *_) = nodes[name], adapter.weight_shape
+        geometry = Geometry.of(node) if node.op_type == "Conv" else Geometry.without_axes(c_in, c_out)
+        _FORMS[form(adapter, geometry)](tape, node, geometry, adapter, factors[name])
     graph.sort()
 
 
-def _add_branch(tape: Tape, conv: ir.Node, g: Geometry, adapter: Adapter, factors: Factors) -> None:
-    y = conv.outputs[0]
-    middle, down, up = _thin_convolutions(tape, g, adapter, factors)
-    hidden = _to_few(tape, need(conv.inputs[0]), down, attributes=middle.attributes(), shape=middle.shape(y))
-    result = _from_few(tape, hidden, up, attributes=middle.rest(), like=y)
+def _add_branch(tape: Tape, layer: ir.Node, g: Geometry, adapter: Adapter, factors: Factors) -> None:
+    y = layer.outputs[0]
+    result = (_thin_products if g.rank == 0 else _thin_convolutions)(tape, layer, g, adapter, factors)
     total = tape.op("Add", y, result, like=y, name=f"{adapter.layer}.adapted")
     adder = producer(total)
     y.replace_all_uses_with(total, replace_graph_outputs=True)
     adder.replace_input_with(0, y)
+
+
+def _thin_products(tape: Tape, gemm: ir.Node, _: Geometry, adapter: Adapter, factors: Factors) -> ir.Value:
+    """(x A^T) (scale B)^T."""
+    y, turned = gemm.outputs[0], {"transB": 1}
+    few = (dims(y)[0], adapter.rank)
+    hidden = tape.op(
+        "Gemm", need(gemm.inputs[0]), factors.a, shape=few, attributes=turned, name=f"{adapter.layer}.down"
+    )
+    return tape.op("Gemm", hidden, _scaled(tape, factors), like=y, attributes=turned, name=f"{adapter.layer}.up")
+
+
+def _thin_convolutions(tape: Tape, conv: ir.Node, g: Geometry, adapter: Adapter, factors: Factors) -> ir.Value:
+    y = conv.outputs[0]
+    split = _paper if adapter.layout == "paper" and g.taps > 1 else _spatial
+    middle, down, up = split(tape, g, adapter, factors)
+    hidden = _to_few(tape, need(conv.inputs[0]), down, attributes=middle.attributes(), shape=middle.shape(y))
+    return _from_few(tape, hidden, up, attributes=middle.rest(), like=y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,15 +189,6 @@ def _shifts_pay(few: int, many: int, kernel: Sequence[int], attributes: Attribut
     return attributes["group"] == 1 and taps > 1 and many >= ratio * taps * few
 
 
-def _thin_convolutions(
-    tape: Tape, g: Geometry, adapter: Adapter, factors: Factors
-) -> tuple[_Split, ir.Value, ir.Value]:
-    """(how they share the geometry, weight of the first, weight of the second, which is scaled)."""
-    if adapter.layout == "paper" and g.taps > 1:
-        return _paper(tape, g, adapter, factors)
-    return _spatial(tape, g, adapter, factors)
-
-
 def _spatial(tape: Tape, g: Geometry, adapter: Adapter, factors: Factors) -> tuple[_Split, ir.Value, ir.Value]:
     """A 1 x k_w convolution to ``rank`` channels, then a k_h x 1 one."""
     c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
@@ -218,19 +237,30 @@ def _repeated(tape: Tape, weight: ir.Value, groups: int) -> ir.Value:
     return tape.op("Tile", weight, times, shape=(groups * int(str(shape[0])), *shape[1:]))
 
 
-def _add_to_weight(tape: Tape, conv: ir.Node, _: Geometry, adapter: Adapter, factors: Factors) -> None:
+def _add_to_weight(tape: Tape, layer: ir.Node, _: Geometry, adapter: Adapter, factors: Factors) -> None:
     c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
-    product = tape.op("MatMul", _scaled(tape, factors), factors.a, shape=(c_out * k_h, c_in * k_w))
+    delta = _product(tape, adapter, factors)
     if adapter.layout == "spatial" and k_h > 1:
         apart = (c_out, k_h, c_in, k_w)
-        rows = tape.op("Reshape", product, tape.ints(*apart), shape=apart)
-        product = tape.op("Transpose", rows, shape=(c_out, c_in, k_h, k_w), attributes={"perm": [0, 2, 1, 3]})
-    delta = product
-    if adapter.layout == "paper" or k_h == 1:
-        delta = tape.op("Reshape", product, tape.ints(*adapter.weight_shape), shape=adapter.weight_shape)
-    weight = need(conv.inputs[1])
+        rows = tape.op("Reshape", delta, tape.ints(*apart), shape=apart)
+        delta = tape.op("Transpose", rows, shape=(c_out, c_in, k_h, k_w), attributes={"perm": [0, 2, 1, 3]})
+    elif dims(delta) != adapter.weight_shape:
+        delta = tape.op("Reshape", delta, tape.ints(*adapter.weight_shape), shape=adapter.weight_shape)
+    weight = need(layer.inputs[1])
     total = tape.op("Add", weight, delta, like=weight, name=f"{adapter.layer}.adapted_weight")
-    conv.replace_input_with(1, total)
+    layer.replace_input_with(1, total)
+
+
+def _product(tape: Tape, adapter: Adapter, factors: Factors) -> ir.Value:
+    """scale * B A, (c_out * k_h, c_in * k_w); of several pairs, one for each: (pairs, rows of a pair, c_in * k_w)."""
+    (_, columns), (rows, rank) = adapter_shapes(adapter.weight_shape, adapter.rank, adapter.pairs)
+    scaled, pairs = _scaled(tape, factors), adapter.pairs
+    if pairs == 1:
+        return tape.op("MatMul", scaled, factors.a, shape=(rows, columns))
+    apart_a, apart_b = (pairs, rank, columns), (pairs, rows // pairs, rank)
+    a = tape.op("Reshape", factors.a, tape.ints(*apart_a), shape=apart_a)
+    b = tape.op("Reshape", scaled, tape.ints(*apart_b), shape=apart_b)
+    return tape.op("MatMul", b, a, shape=(pairs, rows // pairs, columns))
 
 
 _FORMS = {"branch": _add_branch, "weight": _add_to_weight}

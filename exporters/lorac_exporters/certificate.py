@@ -1,7 +1,7 @@
 """Do several files of one network answer alike? Each pair of them is compared on real images.
 
-A model is a function from raw images, uint8 (n, height, width, channels), to its outputs by name; what it is made of
-(PyTorch, ONNX, TFLite) is not known here.
+A model is a function from raw images, uint8 (n, height, width, channels), or signals, float32 (n, ...), to its outputs
+by name; what it is made of (PyTorch, ONNX, TFLite) is not known here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-Images = npt.NDArray[np.uint8]
+Images = npt.NDArray[Any]
 Answers = Callable[[Images], Mapping[str, Array]]  # each output (n, ...)
 Verdict = Literal["pass", "inaccurate", "fail"]
 

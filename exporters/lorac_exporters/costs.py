@@ -146,11 +146,14 @@ def _multiply_adds(node: ir.Node, batch: int) -> int:
 
 
 def _elements(value: ir.Value, batch: int) -> int:
-    return math.prod(_sizes(value, batch))
+    return byte_size(value, batch) // 4
 
 
 def _sizes(value: ir.Value, batch: int) -> tuple[int, ...]:
+    """The axes of a value; one that its graph leaves open follows from the number of elements."""
     found = [batch if d == "batch" else d for d in dims(value)]
-    if not all(isinstance(d, int) for d in found):
+    known = [d for d in found if isinstance(d, int)]
+    if len(known) < len(found) - 1:
         raise ValueError(f"the size of {value.name!r} is not known; its shape is {value.shape}")
-    return tuple(d for d in found if isinstance(d, int))
+    rest = _elements(value, batch) // max(1, math.prod(known))
+    return tuple(d if isinstance(d, int) else rest for d in found)

@@ -40,6 +40,11 @@ def externalize(models: Mapping[str, ir.Model], base: Path, names: Container[str
     return (WEIGHTS,) if rest else ()
 
 
+def external_names(model: ir.Model) -> list[str]:
+    """The initializers of ``model`` that lie in another file."""
+    return [n for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.ExternalTensor)]
+
+
 def _parameters(graph: ir.Graph, names: Container[str]) -> list[ir.Value]:
     """Float tensors; scalars are settings of operators and stay in the graph."""
     chosen = (v for name, v in graph.initializers.items() if name in names)

@@ -1,21 +1,21 @@
-"""What a training step spends on an adapted convolution, as thin branches and with an updated weight.
+"""What a training step spends on an adapted layer, as thin branches and with an updated weight.
 
 The estimate counts the work of the forward pass and of both gradients and weighs it with times measured by
 ``python -m benchmarks forms``; docs/decisions/0013 says how good it is. It compares the two forms of one layer on a
-processor; it does not predict how long a network takes.
+processor; it does not predict how long a network takes. A fully connected layer counts as a pointwise convolution of
+one sample that has a position for each of the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
+from lorac_exporters.choices import Form
 from lorac_exporters.gradients.geometry import Geometry
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.description import Adapter
 
-Form = Literal["branch", "weight"]
 BLOCK = 16  # channels per group from which engines have their fast kernels for constant weights
 
 
@@ -110,7 +110,9 @@ class _Conv:
 
 
 def cheaper_form(adapter: Adapter, g: Geometry, batch: int) -> Form:
-    """The form whose step takes less time at this batch size, by the estimate."""
+    """The form whose step takes less time at this batch size, by the estimate; several pairs have one form only."""
+    if adapter.pairs > 1:
+        return "weight"
     return (
         "branch" if branch_work(adapter, g, batch).seconds(SECONDS) <= _weight_seconds(adapter, g, batch) else "weight"
     )
@@ -133,17 +135,24 @@ def branch_work(adapter: Adapter, g: Geometry, batch: int) -> Work:
 
 
 def _whole(g: Geometry, batch: int) -> _Conv:
-    return _Conv(batch, g.c_in, g.c_out, g.groups, g.taps, math.prod(g.in_size), g.positions)
+    samples, before, after = _positions(g, batch)
+    return _Conv(samples, g.c_in, g.c_out, g.groups, g.taps, before, after)
+
+
+def _positions(g: Geometry, batch: int) -> tuple[int, int, int]:
+    """Samples, and positions that each has before and after the layer."""
+    return (1, batch, batch) if g.rank == 0 else (batch, math.prod(g.in_size), g.positions)
 
 
 def _thin(adapter: Adapter, g: Geometry, batch: int) -> tuple[_Conv, _Conv]:
     """The convolutions that `lorac_exporters.branches` writes: (to few channels, from few)."""
     _, _, k_h, k_w = conv_dims(adapter.weight_shape)
-    before, after, few = math.prod(g.in_size), g.positions, g.groups * adapter.rank
+    samples, before, after = _positions(g, batch)
+    few = g.groups * adapter.rank
     if adapter.layout == "paper" and g.taps > 1:
         few *= k_h
-        down = _Conv(batch, g.c_in, few, g.groups, g.taps, before, after)
-        return down, _Conv(batch, few, g.c_out, g.groups, 1, after, after)
+        down = _Conv(samples, g.c_in, few, g.groups, g.taps, before, after)
+        return down, _Conv(samples, few, g.c_out, g.groups, 1, after, after)
     between = after if k_h == 1 else g.in_size[0] * g.out_size[1]
-    down = _Conv(batch, g.c_in, few, g.groups, k_w, before, between)
-    return down, _Conv(batch, few, g.c_out, g.groups, k_h, between, after)
+    down = _Conv(samples, g.c_in, few, g.groups, k_w, before, between)
+    return down, _Conv(samples, few, g.c_out, g.groups, k_h, between, after)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from lorac_exporters.batchnorm import as_arithmetic
 from lorac_exporters.canonical import Canonical, canonicalize, with_new_head
 from lorac_exporters.heads import find_head
 from lorac_exporters.inject import describe, inject
 from lorac_exporters.methods import METHODS
+from lorac_exporters.modules.additions import additions
+from lorac_exporters.modules.insertion import with_modules
 from lorac_exporters.plan import LoraConfig, Network, Plan
 from lorac_exporters.preprocessing import add_preprocessing
 from lorac_exporters.rewrites import rewrite_for_training
+from lorac_runtime.additions import Additions
+from lorac_runtime.description import touched
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import BnPolicy, InputSpec
 
@@ -23,7 +29,11 @@ Floats = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Graphs:
-    """``base`` becomes base.onnx; ``original`` is the same network before folding; the policy picks which trains."""
+    """``base`` becomes base.onnx; ``original`` is the same network before folding, the one that trains if ``live``.
+
+    Both hold the modules of the plan; ``additions`` counts what these add. ``norms`` is the content of
+    batchnorm.safetensors where an artifact has told it already, and ``original`` knows nothing of BN.
+    """
 
     base: Canonical
     original: Canonical
@@ -31,11 +41,19 @@ class Graphs:
     policy: BnPolicy
     spec: InputSpec
     network: Network
+    live: bool = False
+    additions: Additions | None = None
+    norms: Mapping[str, npt.NDArray[np.generic]] | None = None
 
     @property
     def trained(self) -> Canonical:
-        """The graph that adapters are added to: folded, unless batch statistics are used."""
-        return self.original if self.policy == "batch" else self.base
+        """The graph that adapters are added to: folded, unless batch normalisations stay layers of their own."""
+        return self.original if self.live else self.base
+
+    @property
+    def moving(self) -> bool:
+        """Whether a training step uses the statistics of its batch and moves the running ones."""
+        return self.policy == "batch"
 
     def statistics(self) -> dict[str, Floats]:
         """Running statistics, which adapters of the policies ``batch`` and ``recalibrate`` carry."""
@@ -49,14 +67,18 @@ class Graphs:
 
     def patched_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of base.onnx that an adaptation may change, with their shapes, in graph order."""
-        changing = {t.name for t in self.plan.trainables} | {a.weight for a in self.plan.adapters}
-        if self.policy != "frozen":
-            changing |= {name for bn in self.base.batchnorms for name in bn.folded_into}
+        changing = {t.name for t in self.plan.trainables} | {*self.plan.updated}
+        norms = self.base.batchnorms
+        if self.policy == "frozen":
+            norms = touched(norms, changing) if self.live else ()
+        changing |= {name for bn in norms for name in bn.folded_into}
         return {k: v.shape for k, v in self.base.values.items() if k in changing}
 
     def training_model(self, start: dict[str, Floats]) -> ir.Model:
         """The graph to differentiate: branches added, parameters and BN statistics at ``start``."""
         model = self.trained.model.clone()
+        if self.live and not self.moving:
+            as_arithmetic(model)
         rewrite_for_training(model)
         inject(model, self.plan, start)
         fixed = start.keys() & model.graph.initializers.keys() - {t.name for t in self.plan.trainables}
@@ -70,10 +92,11 @@ class Graphs:
             self.network.head_weight[0],
             *([self.network.head_bias[0]] if self.network.head_bias else []),
         ]
+        names += [n for layer in self.network.linears for n in (layer.weight, layer.bias) if n is not None]
         names += [t.name for t in self.network.others]
         for bn in self.base.batchnorms:
-            if self.policy == "batch":
-                names += [bn.weight, bn.bias, bn.running_mean, bn.running_var]
+            if self.live:
+                names += [bn.weight, bn.bias, *((bn.running_mean, bn.running_var) if self.moving else ())]
             elif bn.affine:
                 names += bn.folded_into
         return [n for n in dict.fromkeys(names) if n in self.trained.values]
@@ -92,7 +115,7 @@ def build_graphs(
     """Canonical graphs and the plan. Whether an engine can train them, `engine_files.chosen` tells.
 
     Raises ConversionError if the classifier has another width than ``classes`` and no new one is
-    wanted, or ``lora.blocks`` are not in this network.
+    wanted, a new one would not train, or ``lora.blocks`` are not in this network.
     """
     base, original = canonicalize(model), canonicalize(model, fold=False)
     if new_head:
@@ -102,8 +125,37 @@ def build_graphs(
     if spec.in_graph:
         add_preprocessing(base.model, spec)
         add_preprocessing(original.model, spec)
-    network = _network(base, original, policy)
-    return Graphs(base, original, _plan(method, network, lora), policy, spec, network)
+    live = policy == "batch" or METHODS[method].batchnorm == "live"
+    network = _network(base, original, live=live)
+    plain = Graphs(base, original, Plan(method, (), (), ()), policy, spec, network, live)
+    graphs = planned(plain, method, lora)
+    if new_head:
+        _require_head(graphs, lora)
+    return graphs
+
+
+def planned(graphs: Graphs, method: str, lora: LoraConfig) -> Graphs:
+    """Graphs without modules, as a method trains them: with its plan and its modules.
+
+    Raises ConversionError for settings that do not fit the network.
+    """
+    plan = _plan(method, graphs.network, lora)
+    base, original = (with_modules(form, plan, seed=lora.seed) for form in (graphs.base, graphs.original))
+    added = additions(plan, lora, before=graphs.base, after=base)
+    return dataclasses.replace(graphs, base=base, original=original, plan=plan, additions=added)
+
+
+def _require_head(graphs: Graphs, lora: LoraConfig) -> None:
+    """A new classifier has random weights: it must train."""
+    plan, head = graphs.plan, graphs.network.head
+    changing = {t.name for t in plan.trainables} | {*plan.updated}
+    if graphs.network.head_weight[0] not in changing:
+        advice = "add head to the blocks" if lora.blocks else "train it first, with a method that does, such as head"
+        where = f" in blocks {', '.join(lora.blocks)}" if lora.blocks else ""
+        raise ConversionError(
+            f"the new classifier {head} starts from random numbers, and method {plan.method}{where} would leave it at "
+            f"them: {advice}, or keep the model's own classes"
+        )
 
 
 def _plan(method: str, network: Network, lora: LoraConfig) -> Plan:
@@ -118,11 +170,12 @@ def _check_width(width: int, classes: int) -> None:
         raise ConversionError(f"the classifier has {width} outputs, but {classes} class names were given")
 
 
-def _network(base: Canonical, original: Canonical, policy: BnPolicy) -> Network:
-    if policy != "batch":
-        return describe(base, original)
-    network = describe(original, original)
-    convs = tuple(dataclasses.replace(c, bias=None) if c.bias in original.added else c for c in network.convs)
+def _network(base: Canonical, original: Canonical, *, live: bool) -> Network:
+    """The graph that trains; biases of zeros that only the canonical form has do not, unless BN is folded into them."""
+    network = describe(original if live else base, original)
+    filled = () if live else {bn.folded_into[1] for bn in base.batchnorms}
+    idle = {name for name in original.added if name not in filled}
+    convs = tuple(dataclasses.replace(c, bias=None) if c.bias in idle else c for c in network.convs)
     return dataclasses.replace(network, convs=convs)
 
 

@@ -1,24 +1,28 @@
 """Carry out a plan on an ONNX graph: facts for the planner, starting values, and the low-rank branches.
 
-Each adapted convolution gets ``weight + arrange(lora_b @ lora_a) * scale`` in front of it (weight space), made
+Each adapted layer gets ``weight + arrange(lora_b @ lora_a) * scale`` in front of it (weight space), made
 of MatMul, Reshape, Transpose, Mul and Add, so that any engine that differentiates those can train it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from lorac_exporters.batchnorm import norm_layers
 from lorac_exporters.canonical import Canonical
-from lorac_exporters.graph_tools import array, constant, convolutions, layer_name, nodes_of
+from lorac_exporters.graph_tools import array, constant, convolutions, layer_name, static_dims
 from lorac_exporters.heads import find_head
-from lorac_exporters.plan import Layer, Network, Plan
-from lorac_runtime.delta import conv_dims
+from lorac_exporters.linear_layers import linear_layers, linear_obstacle, linear_tensors, weighted_nodes
+from lorac_exporters.partials import inject_partial
+from lorac_exporters.plan import Layer, Network, Plan, Size, layer_of
+from lorac_runtime.delta import adapter_shapes, conv_dims
 from lorac_runtime.errors import ConversionError
-from lorac_runtime.manifest import Adapter, Trainable
+from lorac_runtime.manifest import Adapter
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,26 +35,49 @@ def describe(canonical: Canonical, original: Canonical | None = None) -> Network
     """
     head = find_head(canonical.model)
     convs = tuple(_conv_layer(node) for node in convolutions(canonical.model.graph))
+    linears = linear_layers(canonical.model.graph, canonical.values, head.weight)
+    planned = {name for layer in linears if layer.obstacle is None for name in (layer.weight, layer.bias)}
+    rest = linear_tensors(canonical.model.graph, canonical.values, head.weight)
     weight, bias = canonical.values[head.weight], canonical.values[head.bias]
     kept_bn = canonical.batchnorms if _has_batchnorm_nodes(canonical) else ()
-    return Network(
+    network = Network(
         convs=convs,
         head_weight=(head.weight, weight.shape),
         head_bias=(head.bias, bias.shape),
         backbone_parameters=count_parameters(original or canonical) - weight.size - bias.size,
         batchnorms=tuple((bn.weight, bn.bias, canonical.values[bn.weight].size) for bn in kept_bn),
-        others=_hidden_linear(canonical, head.weight),
+        others=tuple(t for t in rest if t.name not in planned),
+        linears=linears,
+        head_obstacle=_head_obstacle(head.node),
+        norms=norm_layers(canonical.batchnorms, canonical.values, folded=not kept_bn),
     )
+    return dataclasses.replace(network, order=_order(canonical, network))
 
 
-def _hidden_linear(canonical: Canonical, head_weight: str) -> tuple[Trainable, ...]:
-    """Weights and biases of fully connected layers before the head, in graph order."""
-    found: list[Trainable] = []
-    for node in nodes_of(canonical.model.graph, "Gemm", "MatMul"):
-        names = [str(v.name) for v in node.inputs if v is not None and v.name in canonical.values]
-        if head_weight not in names:
-            found += [Trainable(n, canonical.values[n].shape, role) for n, role in zip(names, ("weight", "bias"))]  # noqa: B905 - a bias may be absent
-    return tuple({t.name: t for t in found}.values())
+def _order(canonical: Canonical, network: Network) -> tuple[tuple[str, Size | None], ...]:
+    """Every layer of ``network`` as the graph calls them, and the sizes that convolutions and norms give."""
+    sized = {layer_of(bn.weight) for bn in canonical.batchnorms} | {conv.name for conv in network.convs}
+    layers = sized | {layer.name for layer in network.linears} | {layer_of(t.name) for t in network.others}
+    found: dict[str, Size | None] = {}
+    for node in canonical.model.graph:
+        names = (layer_of(str(value.name)) for value in node.inputs if value is not None)
+        for name in names:
+            if name in layers | {network.head}:
+                found.setdefault(name, _map_size(node.outputs[0]) if name in sized else None)
+    return tuple(found.items())
+
+
+def _map_size(value: ir.Value | None) -> Size | None:
+    """Spatial size of a feature map; None where it is not fixed."""
+    dims = static_dims(value)
+    sizes = () if dims is None else dims[2:]
+    known = tuple(size for size in sizes if size is not None)
+    return None if dims is None or len(known) < len(sizes) else known
+
+
+def _head_obstacle(node: ir.Node) -> str | None:
+    """Why the head takes no adapter."""
+    return _conv_layer(node).obstacle if node.op_type == "Conv" else linear_obstacle(node)
 
 
 def count_parameters(canonical: Canonical) -> int:
@@ -63,33 +90,34 @@ def count_parameters(canonical: Canonical) -> int:
 def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[str, Floats]:
     """First values of all tensors of adapters: ``lora_b`` zero, ``lora_a`` Kaiming uniform (a = sqrt 5), alpha.
 
-    Tensors that train in full start at their value in ``base``.
+    Tensors that train in full, and channels that train, start at their value in ``base``.
     """
     values: dict[str, Floats] = {}
     rng = np.random.default_rng(seed)
     for adapter in plan.adapters:
-        _, c_in, _, k_w = conv_dims(adapter.weight_shape)
-        bound = 1.0 / math.sqrt(c_in * k_w)
-        shape = (adapter.rank, c_in * k_w)
-        values[adapter.lora_a] = rng.uniform(-bound, bound, shape).astype(np.float32)
-        c_out, _, k_h, _ = conv_dims(adapter.weight_shape)
-        values[adapter.lora_b] = np.zeros((c_out * k_h, adapter.rank), np.float32)
+        shape_a, shape_b = adapter_shapes(adapter.weight_shape, adapter.rank, adapter.pairs)
+        bound = 1.0 / math.sqrt(shape_a[1])
+        values[adapter.lora_a] = rng.uniform(-bound, bound, shape_a).astype(np.float32)
+        values[adapter.lora_b] = np.zeros(shape_b, np.float32)
         if adapter.lora_alpha is not None:
             values[adapter.lora_alpha] = np.array([adapter.alpha], np.float32)
+    values |= {p.tensor: base[p.weight][:, list(p.channels)] for p in plan.partials}
     return values | {t.name: base[t.name] for t in plan.trainables if t.name not in values}
 
 
 def inject(model: ir.Model, plan: Plan, values: dict[str, Floats]) -> None:
-    """Give every adapted convolution of ``model`` its branch, in place; trainable tensors take ``values``.
+    """Give every adapted layer of ``model`` its branch, in place; trainable tensors take ``values``.
 
     Raises ConversionError if a tensor of the plan is not in the graph afterwards.
     """
     graph = model.graph
-    nodes = {node.inputs[1].name: node for node in convolutions(graph) if node.inputs[1] is not None}
+    nodes = weighted_nodes(graph)
     for adapter in plan.adapters:
         if adapter.weight not in nodes:
-            raise ConversionError(f"no convolution of the graph uses {adapter.weight}; was the graph changed?")
+            raise ConversionError(f"no layer of the graph uses {adapter.weight}; was the graph changed?")
         _add_branch(graph, nodes[adapter.weight], adapter, values)
+    for partial in plan.partials:
+        inject_partial(graph, partial, values[partial.tensor])
     for trainable in plan.trainables:
         value = graph.initializers.get(trainable.name)
         if value is None or array(value) is None:
@@ -97,18 +125,29 @@ def inject(model: ir.Model, plan: Plan, values: dict[str, Floats]) -> None:
         value.const_value = ir.tensor(values[trainable.name], name=trainable.name)
 
 
-def _add_branch(graph: ir.Graph, conv: ir.Node, adapter: Adapter, values: dict[str, Floats]) -> None:
+def _add_branch(graph: ir.Graph, layer: ir.Node, adapter: Adapter, values: dict[str, Floats]) -> None:
     a = constant(graph, adapter.lora_a, values[adapter.lora_a])
     b = constant(graph, adapter.lora_b, values[adapter.lora_b])
-    product = ir.node("MatMul", [b, a], name=f"{adapter.layer}.lora_product")
-    nodes = [product, *_arrange(graph, product.outputs[0], adapter)]
+    nodes = _product(graph, a, b, adapter)
+    nodes += _arrange(graph, nodes[-1].outputs[0], adapter)
     nodes += _scaled(graph, nodes[-1].outputs[0], adapter, values)
-    total = ir.node("Add", [conv.inputs[1], nodes[-1].outputs[0]], name=f"{adapter.layer}.lora_weight")
+    total = ir.node("Add", [layer.inputs[1], nodes[-1].outputs[0]], name=f"{adapter.layer}.lora_weight")
     nodes.append(total)
     for node in nodes:
         node.outputs[0].name = str(node.name)
-    graph.insert_before(conv, nodes)
-    conv.replace_input_with(1, total.outputs[0])
+    graph.insert_before(layer, nodes)
+    layer.replace_input_with(1, total.outputs[0])
+
+
+def _product(graph: ir.Graph, a: ir.Value, b: ir.Value, adapter: Adapter) -> list[ir.Node]:
+    """The node form of `lorac_runtime.delta.product`; of several pairs (pairs, rows of each, c_in * k_w)."""
+    shapes = {"a": (adapter.pairs, adapter.rank, -1), "b": (adapter.pairs, -1, adapter.rank)}
+    apart = []
+    for (key, shape), factor in zip(shapes.items(), (a, b), strict=True) if adapter.pairs > 1 else ():
+        wanted = constant(graph, f"{adapter.layer}.lora_{key}_shape", np.array(shape, np.int64))
+        apart.append(ir.node("Reshape", [factor, wanted], name=f"{adapter.layer}.lora_{key}_apart"))
+    left, right = (apart[1].outputs[0], apart[0].outputs[0]) if apart else (b, a)
+    return [*apart, ir.node("MatMul", [left, right], name=f"{adapter.layer}.lora_product")]
 
 
 def _arrange(graph: ir.Graph, product: ir.Value, adapter: Adapter) -> list[ir.Node]:
@@ -150,6 +189,8 @@ def _conv_layer(node: ir.Node) -> Layer:
         shape=shape.shape,
         groups=node.attributes.get_int("group", 1),
         obstacle="its weight is shared with another layer" if shared else None,
+        size_in=_map_size(node.inputs[0]),
+        size_out=_map_size(node.outputs[0]),
     )
 
 

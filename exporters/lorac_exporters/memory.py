@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from lorac_exporters.gradients.tape import dims
 from lorac_exporters.graph_tools import name_of
-from lorac_exporters.memory_order import ancestors, buffers, byte_size, constant_values, highest
+from lorac_exporters.memory_order import Buffers, ancestors, buffers, byte_size, constant_values, highest
+from lorac_exporters.prefix import NAMED
 
 MIB = 1 << 20
 # Measured with onnxruntime 1.19.2 and 1.31.1, Python 3.11, Linux x86-64; see docs/memory.md.
@@ -27,7 +28,7 @@ LOSS, NEXT = "loss", ".next"
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Bytes that a process needs which trains with one step graph.
+    """Bytes that a process needs which trains with one step graph, and the graph of the frozen front if there is one.
 
     ``weights``: frozen tensors that are read as they lie in the file. ``derived``: those computed from them when the
     session is opened, such as turned kernels. ``saved``: what the forward pass keeps for the backward pass.
@@ -61,30 +62,71 @@ class Peak:
         return max(self.step, self.held + self.opening)
 
 
-def peak(model: ir.Model, batch: int, *, optimizer: ir.Model | None = None) -> Peak:
+def peak(
+    model: ir.Model,
+    batch: int,
+    *,
+    optimizer: ir.Model | None = None,
+    front: ir.Model | None = None,
+    whole: int | None = None,
+) -> Peak:
     """The memory of a train_step with ``batch`` images, or of a gradient_step and the ``optimizer`` step after it.
+
+    ``front`` computes the features that they take, for one image at a time and all ``whole`` images of which ``batch``
+    are computed together (default: just these); its session stays open beside them.
 
     Raises ValueError naming a value whose size the graph does not tell.
     """
     graphs = [made.graph for made in (model, optimizer) if made is not None]
-    weights, derived = _constants(model.graph)
     found = [buffers(graph, batch) for graph in graphs]
-    saved = saved_activations(model, batch)
-    alive = round(SPREAD * max(highest(one) for one in found))
+    ahead = [] if front is None else [buffers(front.graph, 1)]
+    sizes = [_constants(made.graph) for made in (model, front) if made is not None]
+    kept, features = _kept_buffers(model, batch), _kept_features(model, batch)
+    alive = round(SPREAD * max(highest(one) for one in (*found, *ahead)))
     return Peak(
         process=PROCESS,
-        session=sum(SESSION + PER_NODE * len(one.order) for one in found),
-        weights=weights,
-        derived=derived,
-        state=state(graphs, batch),
-        saved=saved,
-        working=max(0, alive - saved),
-        opening=round(OPENING * (weights + derived)),
+        session=sum(_session(one) for one in (*found, *ahead)),
+        weights=sum(given for given, _ in sizes),
+        derived=sum(computed for _, computed in sizes),
+        state=state(graphs, batch) - features + (0 if front is None else _given(front.graph, batch, whole or batch)),
+        saved=kept + features,
+        working=max(0, alive - kept),
+        opening=_opening(sizes, sum(_session(one) for one in found)),
     )
 
 
+def _given(front: ir.Graph, batch: int, whole: int) -> int:
+    """Bytes of the images, and of the features of those of them that a step of ``batch`` images does not take now."""
+    features = sum(byte_size(value, whole) - byte_size(value, batch) for value in front.outputs)
+    return features + sum(byte_size(value, whole) for value in front.inputs)
+
+
+def _session(one: Buffers) -> int:
+    return SESSION + PER_NODE * len(one.order)
+
+
+def _opening(sizes: Sequence[tuple[int, int]], session: int) -> int:
+    """What opening takes beyond all that is held in the end: the front opens first, when the rest is not there yet."""
+    rest, *front = (sum(size) for size in sizes)
+    return round(max([OPENING * rest] + [OPENING * size - rest - session for size in front]))
+
+
 def saved_activations(model: ir.Model, batch: int) -> int:
-    """Bytes of forward values computed from the images that the backward pass reads, views of a value once."""
+    """Bytes of forward values computed from the images that the backward pass reads, views of a value once.
+
+    Features of a frozen front are among them.
+    """
+    return _kept_buffers(model, batch) + _kept_features(model, batch)
+
+
+def _kept_features(model: ir.Model, batch: int) -> int:
+    graph = model.graph
+    forward = ancestors(next(output for output in graph.outputs if output.name == LOSS))
+    features = [value for value in graph.inputs if name_of(value).startswith(NAMED)]
+    return sum(byte_size(v, batch) for v in features if any(use.node not in forward for use in v.uses()))
+
+
+def _kept_buffers(model: ir.Model, batch: int) -> int:
     graph = model.graph
     forward = ancestors(next(output for output in graph.outputs if output.name == LOSS))
     activations = {value for node in forward & _from_the_batch(graph) for value in node.outputs}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from safetensors.numpy import load_file
 
 from lorac_exporters import training_step as steps
 from lorac_exporters.branches import form_of
@@ -20,7 +21,10 @@ from lorac_exporters.graphs import Graphs
 from lorac_exporters.inject import describe, starting_values
 from lorac_exporters.memory import Peak, peak
 from lorac_exporters.methods import METHODS
+from lorac_exporters.modules.removal import without_modules
 from lorac_exporters.plan import LoraConfig, Network, Plan
+from lorac_exporters.prefix import PREFIX
+from lorac_exporters.stages import blocks_of
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import ArtifactError, ConversionError
@@ -110,8 +114,10 @@ def plan_memory(folder: Path, budget: int, *, batch: int | None = None) -> Memor
 
 
 def read_graphs(folder: Path, manifest: mf.Manifest) -> Graphs:
-    """The folded network of an artifact, its batch normalisations frozen; no plan yet."""
+    """The folded network of an artifact without modules, its batch normalisations frozen; no plan yet."""
     model = ir.load(folder / mf.BASE)
+    if manifest.additions is not None:
+        without_modules(model, manifest.additions.sites)
     values = {n: float_array(v) for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT}
     for name, numbers in values.items():  # read from the file once, not for every graph that is made
         model.graph.initializers[name].const_value = ir.tensor(numbers, name=name)
@@ -119,20 +125,35 @@ def read_graphs(folder: Path, manifest: mf.Manifest) -> Graphs:
     network = describe(base)
     head = sum(values[name].size for name, _ in (network.head_weight, network.head_bias or network.head_weight))
     network = dataclasses.replace(network, backbone_parameters=manifest.model_parameters - head)
-    return Graphs(base, base, Plan("head", (), (), ()), "frozen", manifest.input, network)
+    norms = load_file(folder / mf.BATCHNORM) if manifest.batchnorms else None
+    return Graphs(base, base, Plan("head", (), (), ()), "frozen", manifest.input, network, norms=norms)
 
 
 def choices(network: Network) -> list[Choice]:
-    """Everything, adapters everywhere, with a frozen half, in the last stages alone, and the head alone."""
+    """Everything, adapters everywhere, with a frozen half, in the last stages and the head, and the head alone."""
     found = [Choice("everything", "full", LoraConfig())]
     found += [Choice("adapters", "lora-c", LoraConfig(rank=r)) for r in RANKS]
     found += [Choice("adapters, A frozen", "lora-c", LoraConfig(rank=r, freeze_a=True)) for r in RANKS]
-    for blocks in last_stages([conv.name for conv in network.convs if conv.weight != network.head_weight[0]]):
-        named = ",".join(blocks) if len(blocks) < 3 else f"{blocks[0]} to {blocks[-1]}"
+    for label, blocks in late_blocks(network):
         for r in RANKS:
             lora = LoraConfig(rank=r, freeze_a=True, blocks=blocks)
-            found.append(Choice(f"{named}, A frozen", "lora-c", lora))
+            found.append(Choice(f"{label}, A frozen", "lora-c", lora))
     return [*found, Choice("the head alone", "head", LoraConfig())]
+
+
+def late_blocks(network: Network) -> list[tuple[str, tuple[str, ...]]]:
+    """Late parts of a network with its head, in words and as blocks: stages where they can be told, else names."""
+    try:
+        told = blocks_of(network)
+    except ValueError:
+        layers = [conv.name for conv in network.convs if conv.weight != network.head_weight[0]]
+        return [(_range(blocks), (*blocks, "head")) for blocks in last_stages(layers)]
+    found: list[tuple[str, tuple[str, ...]]] = [("middle and rear", ("middle", "rear"))] if "middle" in told else []
+    return [*found, ("rear", ("rear",))]
+
+
+def _range(blocks: tuple[str, ...]) -> str:
+    return ",".join(blocks) if len(blocks) < 3 else f"{blocks[0]} to {blocks[-1]}"
 
 
 def last_stages(layers: Sequence[str]) -> list[tuple[str, ...]]:
@@ -166,34 +187,41 @@ def _fitted(graphs: Graphs, manifest: mf.Manifest, choice: Choice, budget: int, 
     graphs = dataclasses.replace(graphs, plan=planned)
     start = starting_values(planned, graphs.trained.values, seed=0)
     config = StepConfig(manifest.training, form_of("auto", batch))
-    whole = steps.train_step(graphs, start, config)
-    first = peak(whole, batch)
+    whole, front = steps.train_step(graphs, start, config), steps.prefix_step(graphs, start, config)
+    first = peak(whole, batch, front=front)
     size = _file_bytes(whole, graphs, manifest)
     if first.total <= budget:
         return Fit(choice, planned.trained_parameters, batch, first, size)
     parts = (steps.gradient_step(graphs, start, config), steps.optimizer_step(graphs, config))
-    at_once, needed = _in_parts(parts, first, budget, batch)
+    at_once, needed = _in_parts(parts, front, first, budget, batch)
     return Fit(choice, planned.trained_parameters, at_once, needed, size)
 
 
-def _in_parts(parts: tuple[ir.Model, ir.Model], whole: Peak, budget: int, batch: int) -> tuple[int, Peak]:
+def _in_parts(
+    parts: tuple[ir.Model, ir.Model], front: ir.Model | None, whole: Peak, budget: int, batch: int
+) -> tuple[int, Peak]:
     """(images together, their peak): the most that fit; if none do, 0 and the least, ``whole`` batches included."""
-    one = peak(parts[0], 1, optimizer=parts[1])
+
+    def in_pieces(piece: int) -> Peak:
+        return peak(parts[0], piece, optimizer=parts[1], front=front, whole=batch)
+
+    one = in_pieces(1)
     if batch == 1 or one.total > budget:
         return 0, min(whole, one, key=lambda found: found.total)
-    tried = ((piece, peak(parts[0], piece, optimizer=parts[1])) for piece in PIECES if 1 < piece < batch)
+    tried = ((piece, in_pieces(piece)) for piece in PIECES if 1 < piece < batch)
     return next(((piece, found) for piece, found in tried if found.total <= budget), (1, one))
 
 
 def _as_it_is(folder: Path, manifest: mf.Manifest, budget: int, batch: int) -> Fit:
     files = {*manifest.engines[steps.ENGINE].files, mf.BASE}
     storage = sum(manifest.files[name].nbytes for name in files)
-    needed, at_once = peak(ir.load(folder / steps.TRAIN), batch), batch
+    front = ir.load(folder / PREFIX) if PREFIX in files else None
+    needed, at_once = peak(ir.load(folder / steps.TRAIN), batch, front=front), batch
     if needed.total > budget:
         at_once = 0
         if steps.GRADIENT in files:
             gradient, optimizer = (ir.load(folder / name) for name in (steps.GRADIENT, steps.OPTIMIZER))
-            at_once, needed = _in_parts((gradient, optimizer), needed, budget, batch)
+            at_once, needed = _in_parts((gradient, optimizer), front, needed, budget, batch)
     return Fit(None, manifest.trained_parameters, at_once, needed, storage)
 
 

@@ -10,6 +10,8 @@ from lorac_exporters.shapes import BATCH
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import InputSpec
 
+_Facts = tuple[str | None, ir.DataType | None, tuple[int | str, ...]]  # of an input: name, type, shape
+
 
 def add_preprocessing(model: ir.Model, spec: InputSpec) -> None:
     """Let a canonical graph take uint8 images (batch, height, width, channels) under the same input name.
@@ -17,16 +19,21 @@ def add_preprocessing(model: ir.Model, spec: InputSpec) -> None:
     Puts ``(pixel * scale - mean) / std`` as one multiplication and one addition per channel in front of it, and the
     change to channels-first order. There is no inverse.
 
-    Raises ConversionError if the graph does not take float32 images of ``spec``'s shape and name.
+    Raises ConversionError if the graph does not take float32 images of ``spec``'s shape and name, or if ``spec`` is of
+    signals.
     """
     image = model.graph.inputs[0]
-    expected = (spec.name, ir.DataType.FLOAT, (BATCH, *spec.shape))
+    if not spec.is_image:
+        raise ConversionError(
+            f"only raw uint8 images are normalised inside of the graph; this model takes {spec.dtype} signals of shape "
+            f"{spec.shape}, which the program normalises: (value * scale - mean) / std"
+        )
+    expected: _Facts = (spec.name, ir.DataType.FLOAT, (BATCH, *spec.shape))
     found = (image.name, image.dtype, tuple(str(d) if not isinstance(d, int) else d for d in image.shape or ()))
     if found != expected:
         raise ConversionError(f"the graph takes {_text(found)}, expected {_text(expected)}")
-    channels, height, width = spec.shape
     raw = ir.Value(name=spec.name, type=ir.TensorType(ir.DataType.UINT8))
-    raw.shape = ir.Shape([BATCH, height, width, channels])
+    raw.shape = ir.Shape([BATCH, *spec.raw_shape])
     image.name = unique_name(f"{spec.name}_normalized", value_names(model.graph))
     nodes = _nodes(model.graph, raw, spec)
     nodes[-1].outputs[0].name, nodes[-1].outputs[0].shape = image.name, image.shape
@@ -51,6 +58,6 @@ def _nodes(graph: ir.Graph, raw: ir.Value, spec: InputSpec) -> list[ir.Node]:
     return nodes
 
 
-def _text(parts: tuple[str | None, ir.DataType | None, tuple[int | str, ...]]) -> str:
+def _text(parts: _Facts) -> str:
     name, kind, shape = parts
     return f"{name!r} {'unknown' if kind is None else kind.name.lower()} {shape}"

@@ -49,8 +49,9 @@ def unfused_logits(
 ) -> npt.NDArray[np.float32]:
     """What the artifact's evaluation graph answers with the adapter beside the weights: (n, classes).
 
-    ``state`` is `adapted_state`, ``images`` are in the form that the model takes: (n, C, H, W) float32, or (n, H, W, C)
-    uint8. Raises EngineError if no engine is installed.
+    ``state`` is `adapted_state`, ``images`` are in the form that the model takes: `random_inputs`.
+
+    Raises EngineError if no engine is installed.
     """
     engine = open_engine(folder, manifest, threads=None)
     engine.load_state(state)
@@ -59,16 +60,21 @@ def unfused_logits(
 
 
 def random_inputs(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[Any]:
-    """Random inputs in the form the model takes: (count, C, H, W) float32, or (count, H, W, C) uint8."""
+    """Random inputs in the form the model takes: (count, *spec.shape) float32, or (count, H, W, C) uint8."""
     if spec.in_graph:
-        return random_images(spec, count, seed=seed)
+        return random_raw(spec, count, seed=seed)
     return np.random.default_rng(seed).standard_normal((count, *spec.shape), dtype=np.float32)
 
 
-def random_images(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[np.uint8]:
-    """Raw random images, (count, H, W, C)."""
-    channels, height, width = spec.shape
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+def random_raw(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[Any]:
+    """Raw random samples: images uint8 (count, H, W, C), or signals float32 that `preprocess` makes standard normal."""
+    rng = np.random.default_rng(seed)
+    if spec.is_image:
+        return rng.integers(0, 256, (count, *spec.raw_shape), dtype=np.uint8)
+    column = (spec.channels, *[1] * (len(spec.shape) - 1))
+    mean, std = (np.asarray(values, np.float32).reshape(column) for values in (spec.mean, spec.std))
+    normal = rng.standard_normal((count, *spec.shape), dtype=np.float32)
+    return np.asarray((normal * std + mean) / np.float32(spec.scale), np.float32)
 
 
 def run_onnx(path: Path, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -35,8 +35,8 @@ def check_supported(model: ir.Model) -> None:
         *_node_problems(model.graph),
         *_type_problems(model.graph),
     ]
-    if not nodes_of(model.graph, "Conv"):
-        problems.append("the model has no convolution; LoRA-C adapts convolutional networks")
+    if not nodes_of(model.graph, "Conv", "Gemm", "MatMul"):
+        problems.append("the model has neither a convolution nor a fully connected layer, so nothing could train")
     if problems:
         raise ConversionError(listed("this model cannot be adapted:", problems))
 
@@ -47,7 +47,7 @@ def _interface_problems(model: ir.Model) -> Iterator[str]:
         yield f"opset {opset}, expected {OPSET}: read the file with lorac_exporters.onnx_file.read_graph"
     inputs, outputs = model.graph.inputs, model.graph.outputs
     if len(inputs) != 1:
-        yield f"{len(inputs)} inputs ({_names(inputs)}), expected one image batch: make the others constants"
+        yield f"{len(inputs)} inputs ({_names(inputs)}), expected one batch of samples: make the others constants"
     if len(outputs) != 1:
         yield f"{len(outputs)} outputs ({_names(outputs)}), expected the logits only: drop the others"
     if len(inputs) == 1:
@@ -61,9 +61,12 @@ def _names(values: Iterable[ir.Value]) -> str:
 def _input_problems(value: ir.Value) -> Iterator[str]:
     if value.dtype != ir.DataType.FLOAT:
         kind = "unknown" if value.dtype is None else value.dtype.name.lower()
-        yield f"input {value.name!r} is {kind}, expected float32 images: export the float model"
-    if value.shape is None or len(value.shape) not in (3, 4):
-        yield f"input {value.name!r} has shape {value.shape}, expected (batch, channels, height, width)"
+        yield f"input {value.name!r} is {kind}, expected float32: export the float model"
+    if value.shape is None or len(value.shape) not in (2, 3, 4):
+        yield (
+            f"input {value.name!r} has shape {value.shape}, expected (batch, channels, height, width) of images, "
+            "(batch, channels, length) or (batch, features) of signals"
+        )
         return
     if any(not isinstance(dim, int) for dim in list(value.shape)[1:]):
         yield (
@@ -80,7 +83,8 @@ def _input_problems(value: ir.Value) -> Iterator[str]:
 def _is_channels_last(value: ir.Value) -> bool:
     readers = [use.node for use in value.uses()]
     shape = list(value.shape or ())
-    return bool(readers) and all(n.op_type == "Transpose" for n in readers) and shape[-1] in (1, 3, 4)
+    turned = bool(readers) and all(n.op_type == "Transpose" for n in readers)
+    return turned and len(shape) > 2 and shape[-1] in (1, 3, 4)
 
 
 def _node_problems(graph: ir.Graph) -> Iterator[str]:

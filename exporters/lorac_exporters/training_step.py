@@ -1,8 +1,9 @@
 """The artifact of the engine ``onnxruntime``: training, evaluation and optimizer steps as plain ONNX graphs.
 
-A step graph takes images, labels, the learning rate and every tensor that changes under its own name, and gives the
-loss and, for each input ``X`` that carries over, ``X.next``. Weights that do not change stay in base.onnx; the graphs
-name their place in that file. Any onnxruntime from 1.17 on runs them; nothing of a training build is needed.
+A step graph takes images (or the features of a frozen front: `prefix`), labels, the learning rate and every tensor that
+changes under its own name, and gives the loss and, for each input ``X`` that carries over, ``X.next``. Weights that do
+not change stay in base.onnx; the graphs name their place in that file. Any onnxruntime from 1.17 on runs them; nothing
+of a training build is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_exporters.branches import Factors, FormOf, add_adapters
-from lorac_exporters.external import externalize
+from lorac_exporters.external import external_names, externalize
 from lorac_exporters.gradients.losses import LOSSES
 from lorac_exporters.gradients.normalization import Statistics, write_out_batchnorm
 from lorac_exporters.gradients.optimizers import append_updates, groups, pack, state_names
@@ -27,6 +28,8 @@ from lorac_exporters.gradients.rules import RULES
 from lorac_exporters.gradients.tape import Dim, Tape, dims
 from lorac_exporters.graph_tools import name_of, remove_unused, save
 from lorac_exporters.graphs import Graphs
+from lorac_exporters.partials import Chosen, add_partials, read_again
+from lorac_exporters.prefix import PREFIX, Features, find_features, keep_rest
 from lorac_exporters.rewrites import rewrite_for_training
 from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import BASE, Adapter, TrainingDefaults
@@ -55,29 +58,45 @@ class Forward:
     tensors: dict[str, ir.Value]
     loss: ir.Value
     statistics: dict[str, Statistics]
+    chosen: list[Chosen] = dataclasses.field(default_factory=list)
 
 
 def write(graphs: Graphs, folder: Path, *, start: Mapping[str, Floats], config: StepConfig) -> tuple[str, ...]:
     """Write the step graphs into ``folder``, which holds base.onnx; returns the names of the files.
 
+    Where nothing trains (method ``recalibrate``) there is only the one that evaluates.
+
     Raises ConversionError naming every node that has no gradient rule, or tensors that no gradient reaches.
     """
-    built = {
-        TRAIN: train_step(graphs, start, config),
-        EVAL: eval_step(graphs, start, config),
-        OPTIMIZER: optimizer_step(graphs, config),
-    }
-    if graphs.policy != "batch":
+    built = {EVAL: eval_step(graphs, start, config)}
+    if graphs.plan.trainables:
+        built |= {TRAIN: train_step(graphs, start, config), OPTIMIZER: optimizer_step(graphs, config)}
+    if graphs.plan.trainables and not graphs.moving:
         built[GRADIENT] = gradient_step(graphs, start, config)
+    if (front := prefix_step(graphs, start, config)) is not None:
+        built[PREFIX] = front
     extra = externalize(built, folder / BASE, graphs.trained.values)
+    weights = json.dumps({name: external_names(model) for name, model in built.items()})
     for name, model in built.items():
+        if graphs.policy == "recalibrate":  # an engine replaces those that change
+            model.metadata_props["lorac.weights"] = weights
         save(model, folder / name)
     return (*built, *extra)
 
 
+def prefix_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model | None:
+    """The frozen front alone, images -> features; None where there is none (see `lorac_exporters.prefix`)."""
+    forward = _forward(graphs, start, config, training=False)
+    features = _features(graphs, forward)
+    if not features:
+        return None
+    del forward.model.graph.inputs[1:]
+    return _finished(forward, features, {})
+
+
 def train_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
-    """Forward, backward and update in one graph."""
-    forward = _forward(graphs, start, config, training=True)
+    """Forward, backward and update in one graph; it takes features where there is a frozen front, else images."""
+    forward = _behind_the_front(graphs, start, config, training=True)
     gradients = _packed_gradients(graphs, forward)
     outputs = {"loss": forward.loss, **_updated(graphs, forward, gradients, config.training)}
     return _finished(forward, outputs | _moved_statistics(graphs, forward), _metadata(graphs, config))
@@ -85,7 +104,7 @@ def train_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) 
 
 def gradient_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
     """Forward and backward of a micro-batch; its gradients are added to those of the ones before it."""
-    forward = _forward(graphs, start, config, training=True)
+    forward = _behind_the_front(graphs, start, config, training=True)
     tape = forward.tape
     gradients = _packed_gradients(graphs, forward)
     weight = _own_input(tape, "weight", ())
@@ -111,22 +130,39 @@ def optimizer_step(graphs: Graphs, config: StepConfig) -> ir.Model:
 
 def eval_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
     """Loss and logits in evaluation mode."""
-    forward = _forward(graphs, start, config, training=False)
+    forward = _behind_the_front(graphs, start, config, training=False)
     logits = forward.model.graph.outputs[0]
     return _finished(forward, {"loss": forward.loss, name_of(logits): logits}, {})
+
+
+def _behind_the_front(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig, *, training: bool) -> Forward:
+    """`_forward` without the frozen front: features are inputs in place of the images."""
+    forward = _forward(graphs, start, config, training=training)
+    keep_rest(forward.tape, _features(graphs, forward))
+    return forward
+
+
+def _features(graphs: Graphs, forward: Forward) -> Features:
+    """What the frozen front gives; nothing under the policy ``batch``, whose statistics are those of each batch, and
+    where nothing trains.
+    """
+    if graphs.moving or not graphs.plan.trainables:
+        return {}
+    return find_features(forward.model.graph, [*forward.tensors.values(), *(c.picks for c in forward.chosen)])
 
 
 def _forward(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig, *, training: bool) -> Forward:
     """The graph to differentiate: adapters added, changing tensors as inputs, the loss appended."""
     model = graphs.trained.model.clone()
     rewrite_for_training(model, keep=RULES)
-    statistics = write_out_batchnorm(model) if training and graphs.policy == "batch" else {}
+    statistics = write_out_batchnorm(model) if training and graphs.moving else {}
     tape = Tape(model.graph)
     tensors = {t.name: tape.input(t.name, t.shape) for t in graphs.plan.trainables}
-    running = {} if graphs.policy != "batch" else {n: tape.input(n, start[n].shape) for n in graphs.statistics()}
+    running = {n: tape.input(n, start[n].shape) for n in graphs.statistics()} if graphs.moving else {}
     factors = {a.weight: _factors(tape, a, tensors, start) for a in graphs.plan.adapters}
     add_adapters(tape, {a.weight: a for a in graphs.plan.adapters}, factors, config.form)
-    return Forward(model, tape, tensors | running, _loss(tape, config.training), statistics)
+    chosen = add_partials(tape, graphs.plan.partials, tensors)
+    return Forward(model, tape, tensors | running, _loss(tape, config.training), statistics, chosen)
 
 
 def _factors(tape: Tape, adapter: Adapter, tensors: Mapping[str, ir.Value], start: Mapping[str, Floats]) -> Factors:
@@ -159,6 +195,7 @@ def _packed_gradients(graphs: Graphs, forward: Forward) -> list[ir.Value]:
     """The gradients of all trainable tensors, a vector for each group."""
     names = [t.name for t in graphs.plan.trainables]
     found = differentiate(forward.tape, forward.loss, [forward.tensors[n] for n in names])
+    read_again(forward.tape, forward.chosen, forward.loss)
     gradients = dict(zip(names, found, strict=True))
     return [pack(forward.tape, [gradients[n] for n in group]) for group in _groups(graphs)]
 

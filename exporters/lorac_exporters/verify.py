@@ -74,7 +74,10 @@ def _common_format(base: Path, fused: Path) -> dropin.Format:
 def _verify_own_file(base: Path, fused: Path, folder: Path, manifest: mf.Manifest) -> DropinReport:
     """The user's own file as base: its interface must be fused's, its canonical form must be base.onnx."""
     inner = dropin.compare_files(folder / mf.BASE, fused, patches_of(manifest, mf.BASE))
-    return DropinReport(str(base), str(fused), (*_own_checks(base, folder / mf.BASE), *inner.checks))
+    own = _own_checks(base, folder / mf.BASE)
+    if manifest.additions is not None:
+        own.append(Check("added modules", "fail", str(manifest.additions)))
+    return DropinReport(str(base), str(fused), (*own, *inner.checks))
 
 
 def _retry_canonical(base: Path, fused: Path, report: DropinReport) -> DropinReport:

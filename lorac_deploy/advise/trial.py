@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lorac_deploy.quiet import quiet_runtime
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.data import LocalData
 from lorac_runtime.errors import DivergenceError
@@ -97,7 +96,7 @@ def _scored(artifact: Path, data: Path, trial: Trial, epochs: int, splits: int) 
                 cache=CACHE if load(artifact).features else None,
             )
             try:
-                with _quiet():
+                with quiet_runtime():
                     reports.append(finetune(artifact, data, Path(out) / "out", config))
             except DivergenceError as err:
                 return Score(epochs=epochs, failed=str(err))
@@ -109,15 +108,3 @@ def _scored(artifact: Path, data: Path, trial: Trial, epochs: int, splits: int) 
 def _write(path: Path, data: LocalData, manifest: Manifest) -> None:
     arrays = {manifest.input.key: data.images, "labels": data.labels}
     np.savez(path, **arrays)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A trial that makes the model worse is a finding, not a warning."""
-    logger = logging.getLogger("lorac_runtime")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from lorac_runtime.errors import LoracDeployError
 
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # PyTorch's words, on the CPU and on a GPU
 FAILED, INTERRUPTED = 1, 130  # 2 is argparse's own, for a wrong command line
 
 
@@ -45,7 +46,7 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Main:
         except (LoracDeployError, OSError) as err:
             return _report(str(err), FAILED)
         except (MemoryError, RuntimeError) as err:
-            if isinstance(err, RuntimeError) and "can't allocate memory" not in str(err):  # PyTorch's words
+            if isinstance(err, RuntimeError) and not any(words in str(err) for words in _NO_MEMORY):
                 raise
             return _report(f"out of memory; try a smaller --batch-size or less data ({err})", FAILED)
 

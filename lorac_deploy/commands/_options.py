@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
@@ -14,6 +15,14 @@ from lorac_runtime.delta import LAYOUTS, RANK_MODES
 from lorac_runtime.manifest import LOSSES, OPTIMIZERS, TrainingDefaults
 
 _NAMES = {"bn_policy": "bn"}  # field -> option, where it is not the field's name
+_WITHOUT_STEPS = {"batch_size", "loss", "bn_policy", "val_fraction", "seed", "threads"}  # count without training too
+
+
+class Paragraphs(argparse.HelpFormatter):
+    """Help in which the line breaks of an option's text stay."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for part in text.splitlines() for line in super(Paragraphs, self)._split_lines(part, width)]
 
 
 def sizes(text: str) -> tuple[int, int]:
@@ -47,6 +56,13 @@ def pair(text: str) -> tuple[float, float]:
     return first, second
 
 
+def add_method_option(p: argparse._ActionsContainer, default: str) -> None:
+    """``--method``, whose help says what each does."""
+    lines = [f"{name}: {method.summary}" for name, method in METHODS.items()]
+    text = "\n".join(["what trains (default: %(default)s)", *lines])
+    p.add_argument("--method", choices=tuple(METHODS), default=default, metavar="METHOD", help=text)
+
+
 def add_training_options(p: argparse.ArgumentParser) -> None:
     """An option for each field of `TrainConfig`; those not given are None (see `training_config`)."""
     g = p.add_argument_group("training")
@@ -69,7 +85,7 @@ def training_config(method: str, args: argparse.Namespace) -> TrainConfig:
 def add_lora_options(p: argparse.ArgumentParser) -> None:
     """Options for the fields of `LoraConfig`; those not given are None (see `lora_config`)."""
     default = LoraConfig()
-    g = p.add_argument_group("LoRA-C (with --method lora-c)")
+    g = p.add_argument_group("the method's settings (those of LoRA-C but for what is said)")
     g.add_argument("--rank", type=int, help=f"nominal rank r (default: {default.rank})")
     g.add_argument("--alpha", type=float, help="scale is alpha / rank (default: 2 * rank)")
     g.add_argument(
@@ -98,11 +114,28 @@ def add_lora_options(p: argparse.ArgumentParser) -> None:
         f"(default: {'yes' if default.freeze_a else 'no'})",
     )
     g.add_argument(
+        "--linear",
+        action="store_const",
+        const=True,
+        help="with --method lora-c: hidden fully connected layers behind convolutions get adapters too "
+        f"(default: {'yes' if default.linear else 'no'})",
+    )
+    g.add_argument(
+        "--share",
+        type=float,
+        help=f"with --method paca: share of each weight's input channels that trains (default: {default.share})",
+    )
+    g.add_argument(
+        "--reduction",
+        type=int,
+        help=f"with --method attention: a gate has channels / reduction hidden units (default: {default.reduction})",
+    )
+    g.add_argument(
         "--blocks",
         type=names,
-        metavar="NAME[,NAME...]",
-        help="with --method full too: train only these layers and those below them, such as layer4, besides the head "
-        "(default: all)",
+        metavar="BLOCK[,BLOCK...]",
+        help="train nothing but these: front, middle, rear, head, or names of layers, which hold those below them, "
+        "such as layer4 (default: all)",
     )
 
 
@@ -117,9 +150,34 @@ def lora_given(args: argparse.Namespace) -> dict[str, Any]:
     return _stated({name: getattr(args, name) for name in fields})
 
 
-def idle_lora_options(method: str, args: argparse.Namespace) -> list[str]:
-    """The LoRA-C options given that change nothing under ``method``, by field."""
-    return [name for name in lora_given(args) if name not in METHODS[method].options]
+def refuse_idle_lora_options(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a usage error for an option given that changes nothing under the method."""
+    for name in lora_given(args):
+        if name not in METHODS[args.method].options:
+            fitting = either(other.name for other in METHODS.values() if name in other.options)
+            p.error(f"--{name.replace('_', '-')} goes with --method {fitting}, not with {args.method}")
+
+
+def refuse_idle_step_options(p: argparse.ArgumentParser, args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """End with a usage error for a setting of training steps where the method makes none.
+
+    ``defaults`` has every setting, and its value where the option was not given.
+    """
+    for name, default in defaults.items():
+        idle = name not in _WITHOUT_STEPS and getattr(args, name) not in (None, default)
+        if idle and not METHODS[args.method].trains:
+            option = _NAMES.get(name, name).replace("_", "-")
+            p.error(f"--{option} changes nothing with --method {args.method}, which makes no training steps")
+
+
+def either(words: Iterable[str]) -> str:
+    """Alternatives in words.
+
+    >>> either(["full"]), either(["lora-c", "full", "blocks"])
+    ('full', 'lora-c, full or blocks')
+    """
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def add_device_options(p: argparse.ArgumentParser) -> None:
@@ -128,9 +186,13 @@ def add_device_options(p: argparse.ArgumentParser) -> None:
     _add_step_options(p)
 
 
-def device_defaults(args: argparse.Namespace) -> TrainingDefaults:
-    """The settings of the device's training. Their ranges are checked where the artifact is made."""
-    return TrainingDefaults(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainingDefaults)})
+def device_defaults(method: str, args: argparse.Namespace) -> TrainingDefaults:
+    """The settings of the device's training; ``--loss`` unless given is the method's.
+
+    Their ranges are checked where the artifact is made. Raises ValueError for a loss that the method cannot use.
+    """
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainingDefaults)}
+    return TrainingDefaults(**(given | {"loss": METHODS[method].loss_of(args.loss)}))
 
 
 def _add_schedule_options(p: argparse.ArgumentParser) -> None:
@@ -145,7 +207,8 @@ def _add_schedule_options(p: argparse.ArgumentParser) -> None:
 def _add_step_options(p: argparse.ArgumentParser) -> None:
     t = TrainingDefaults()
     g = p.add_argument_group("a training step (fixed in the artifact's graphs)")
-    g.add_argument("--loss", choices=LOSSES, default=t.loss, help="default: %(default)s")
+    own = "".join(f", {method.loss} for {name}" for name, method in METHODS.items() if method.loss)
+    g.add_argument("--loss", choices=LOSSES, help=f"default: {t.loss}{own}")
     g.add_argument(
         "--label-smoothing", type=float, default=t.label_smoothing, help="of cross_entropy (default: %(default)s)"
     )
@@ -173,11 +236,8 @@ def _type(field: dataclasses.Field[Any]) -> type:
 
 
 def _default(name: str) -> str:
-    """The default in words; per method where they differ."""
+    """The default in words: that of most methods, then those of the others."""
     by_method = {method: getattr(config, name) for method, config in DEFAULTS.items()}
-    values = set(by_method.values())
-    if values == {None}:
-        return "default: unset"
-    if len(values) == 1:
-        return f"default: {values.pop()}"
-    return "default: " + ", ".join(f"{value} for {method}" for method, value in by_method.items())
+    usual = collections.Counter(by_method.values()).most_common(1)[0][0]
+    others = {method: value for method, value in by_method.items() if value != usual}
+    return ", ".join([f"default: {'unset' if usual is None else usual}", *(f"{v} for {m}" for m, v in others.items())])

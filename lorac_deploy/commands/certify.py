@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data",
         required=True,
-        help="digits, cifar10, cifar100, an .npz file (images, labels), or a folder with one sub-folder per class",
+        help="digits, cifar10, cifar100, an .npz file (images or samples, labels), or a folder with one sub-folder per "
+        "class",
     )
     p.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
     p.add_argument(
@@ -124,14 +125,17 @@ def _images(args: argparse.Namespace, manifest: Manifest) -> tuple[Dataset, str]
     from lorac_deploy.data import has_test_split, load_dataset, with_classes
     from lorac_runtime.errors import DataError
 
-    channels, height, width = manifest.input.shape
+    spec = manifest.input
+    size, channels = ((spec.shape[1], spec.shape[2]), spec.shape[0]) if spec.is_image else (None, None)
     dataset = load_dataset(
         args.data,
         split="test" if has_test_split(args.data) else "train",
-        size=(height, width),
+        size=size,
         channels=channels,
         root=args.data_root,
     )
+    if (dataset.shape, dataset.is_image) != (spec.shape, spec.is_image):
+        raise DataError(f"{args.data} holds {dataset.key} of shape {dataset.shape}, the network takes {spec.shape}")
     dataset = dataset.select(spread(len(dataset), args.count))
     try:
         return with_classes(dataset, manifest.class_names), ""

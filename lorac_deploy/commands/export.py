@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._tflite import tflite_rows
-from lorac_exporters.tflite.config import IO_DTYPES, WEIGHTS, TfliteConfig
+from lorac_exporters.tflite_config import IO_DTYPES, WEIGHTS, TfliteConfig
 
 if TYPE_CHECKING:
     from lorac_deploy.file_export import FileReport

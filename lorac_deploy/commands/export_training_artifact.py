@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
+    Paragraphs,
     add_device_options,
     add_lora_options,
+    add_method_option,
     device_defaults,
-    idle_lora_options,
     lora_config,
     names,
+    refuse_idle_lora_options,
+    refuse_idle_step_options,
     sizes,
 )
 from lorac_deploy.commands._tflite import tflite_rows
-from lorac_exporters.artifact import ArtifactConfig, ExportReport
-from lorac_exporters.base_tflite import TFLITE_CHOICES
-from lorac_exporters.branches import FORM_CHOICES
-from lorac_exporters.engine_files import ENGINE_CHOICES
+from lorac_exporters.artifact_config import ArtifactConfig
+from lorac_exporters.choices import ENGINE_CHOICES, FORM_CHOICES, TFLITE_CHOICES
 from lorac_exporters.methods import METHODS
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import BN_POLICIES
+
+if TYPE_CHECKING:  # it imports all that exports
+    from lorac_exporters.artifact import ExportReport
 
 ARTIFACT = ArtifactConfig()
 
@@ -44,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; defaults come from the dataclasses that the API takes."""
     p = argparse.ArgumentParser(
         prog="export-training-artifact",
+        formatter_class=Paragraphs,
         description="Write a training artifact: base.onnx and base.tflite, what trains them on a device, the manifest.",
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="folder written by `lorac-deploy train --method full`")
-    source.add_argument("--onnx", type=Path, help="any ONNX CNN classifier")
+    source.add_argument("--onnx", type=Path, help="any ONNX classifier of images or signals")
     p.add_argument("--out", type=Path, required=True, help="the artifact's folder; an earlier artifact is replaced")
     p.add_argument("--adapter", type=Path, help="start the device from this adapter, trained in PyTorch")
     p.add_argument(
@@ -73,16 +80,14 @@ def _add_onnx_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--class-names", type=names, help="comma-separated, in label order (default: 0,1,2,...)")
     g.add_argument("--mean", type=numbers, help="per channel, after scaling, e.g. 0.485,0.456,0.406")
     g.add_argument("--std", type=numbers, help="per channel, after scaling, e.g. 0.229,0.224,0.225")
-    g.add_argument("--scale", type=float, help="factor on the uint8 pixel before mean and std (default: 1/255)")
+    g.add_argument("--scale", type=float, help="factor before mean and std (default: 1/255 of images, else 1)")
     g.add_argument("--size", type=sizes, help="HEIGHT,WIDTH where the file leaves them open")
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("what trains")
-    g.add_argument("--method", choices=tuple(METHODS), default=ARTIFACT.method, help="default: %(default)s")
-    g.add_argument(
-        "--bn", choices=BN_POLICIES, default=ARTIFACT.bn_policy, help="batch normalisation (default: %(default)s)"
-    )
+    add_method_option(g, ARTIFACT.method)
+    g.add_argument("--bn", choices=BN_POLICIES, help=f"batch normalisation ({_policies()})")
     g.add_argument(
         "--seed",
         type=int,
@@ -90,6 +95,13 @@ def _add_method_options(p: argparse.ArgumentParser) -> None:
         help="of lora_a's first values and of a new head (default: %(default)s)",
     )
     add_lora_options(p)
+
+
+def _policies() -> str:
+    """The default in words."""
+    usual = ARTIFACT.policy
+    others = [f"{own} for {name}" for name, method in METHODS.items() if (own := method.policy()) != usual]
+    return ", ".join([f"default: {usual}", *others])
 
 
 def _add_engine_options(p: argparse.ArgumentParser) -> None:
@@ -149,10 +161,8 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
         p.error(f"--{given[0].replace('_', '-')} describes an ONNX file; a checkpoint says it itself")
     if (args.tflite == "int8") != (args.calibration is not None):
         p.error("--tflite int8 needs --calibration, and nothing else does")
-    idle = idle_lora_options(args.method, args)
-    if idle:
-        methods = "lora-c and full" if idle[0] == "blocks" else "lora-c"
-        p.error(f"--{idle[0].replace('_', '-')} applies to --method {methods} only, not to {args.method}")
+    refuse_idle_lora_options(p, args)
+    refuse_idle_step_options(p, args, dataclasses.asdict(ARTIFACT.training))
 
 
 def _config(args: argparse.Namespace) -> ArtifactConfig:
@@ -164,12 +174,12 @@ def _config(args: argparse.Namespace) -> ArtifactConfig:
         engine=args.engine,
         form=args.form,
         tflite=args.tflite,
-        training=device_defaults(args),
+        training=device_defaults(args.method, args),
     )
 
 
 def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Callable[[str], None]) -> ExportReport:
-    from lorac_deploy.export import PIXEL_SCALE, OnnxSource, export_training_artifact
+    from lorac_deploy.export import OnnxSource, export_training_artifact
 
     source: Path | OnnxSource = args.checkpoint
     if args.onnx is not None:
@@ -177,7 +187,7 @@ def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Calla
             path=args.onnx,
             mean=args.mean,
             std=args.std,
-            scale=PIXEL_SCALE if args.scale is None else args.scale,
+            scale=args.scale,
             num_classes=args.num_classes,
             class_names=args.class_names,
             size=args.size,
@@ -202,7 +212,11 @@ def _show(report: ExportReport, *, list_changes: bool) -> None:
     table.add_row("model", f"{manifest.model}, {manifest.model_parameters:,} parameters")
     table.add_row("trains", f"{manifest.trained_parameters:,} parameters ({share:.2%})")
     fixed = " (lora_a frozen)" if fixed_tensors(manifest.adapters, manifest.trainables) else ""
-    table.add_row("method", f"{manifest.method}, {len(manifest.adapters)} adapters{fixed}, BN {manifest.bn_policy}")
+    parts = f", some channels of {len(manifest.partials)} layers" if manifest.partials else ""
+    trained = f"{len(manifest.adapters)} adapters{fixed}{parts}"
+    table.add_row("method", f"{manifest.method}, {trained}, BN {manifest.bn_policy}")
+    if manifest.additions is not None:
+        table.add_row("added", str(manifest.additions))
     table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
     table.add_row("files", f"{size:.1f} MB in all, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB")
     table.add_row("base.tflite", _tflite_text(report))

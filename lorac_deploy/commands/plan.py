@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,25 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
+from lorac_runtime.config import size_in_bytes
 
 if TYPE_CHECKING:
     from lorac_exporters.memory_plan import Fit, MemoryPlan
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
-
-
-def memory_size(text: str) -> int:
-    """Bytes.
-
-    >>> memory_size("256MB"), memory_size("1GiB"), memory_size("1.5 G")
-    (256000000, 1073741824, 1500000000)
-
-    Raises ValueError for anything else.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in UNITS or float(found[1]) == 0:
-        raise ValueError(f"{text!r} is not a size; write it like 256MB, 512MiB or 1GiB")
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     with usage_errors(p):
-        budget = memory_size(args.memory)
+        budget = size_in_bytes(args.memory)
     if args.batch_size is not None and args.batch_size < 1:
         p.error(f"--batch-size must be at least 1, got {args.batch_size}")
     from lorac_exporters.memory_plan import plan_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lorac_deploy.study.summary import Table
     from lorac_deploy.study.worker import Row
 
+WIDTH = 160  # of tables where no terminal says how wide it is
 EXAMPLE = """\
 an example of a study's file:
   checkpoint = "base"          # folder of `lorac-deploy train`
@@ -83,7 +85,7 @@ def _report(rows: list[Row], out: Path, target_gain: float) -> int:
     from lorac_deploy.study.summary import as_csv, tables
 
     failed = [row for row in rows if row.failed is not None]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     (out / "results.csv").write_text(as_csv(rows), encoding="utf-8")
     if len(failed) < len(rows):
         found = tables(rows, target_gain)
@@ -102,7 +104,7 @@ def _show(console: Console, table: Table) -> None:
 
     drawn = Drawn(title=table.title)
     for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if index else "left")
+        drawn.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in table.rows:
         drawn.add_row(*row)
     console.print(drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,18 @@ from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
+    Paragraphs,
     add_lora_options,
+    add_method_option,
     add_training_options,
-    idle_lora_options,
     lora_config,
     names,
+    refuse_idle_lora_options,
+    refuse_idle_step_options,
     sizes,
     training_config,
 )
-from lorac_deploy.train_config import DEFAULTS, TrainConfig
+from lorac_deploy.train_config import TrainConfig
 from lorac_exporters.plan import LoraConfig
 
 if TYPE_CHECKING:  # they import PyTorch
@@ -33,7 +37,8 @@ if TYPE_CHECKING:  # they import PyTorch
 
     Prepared = tuple[Start, Dataset, Dataset | None]
 
-MODEL = "resnet18"
+MODEL = {3: "resnet18", 2: "cnn1d", 1: "mlp"}  # by the axes of a sample: images, then signals
+FROM_SCRATCH = "full"  # the method that needs no trained network
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,14 +46,15 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="lorac-deploy train",
         usage="%(prog)s --data DATA --out OUT [--base FOLDER | --model NAME] [--method METHOD] [options]",
+        formatter_class=Paragraphs,
         description="Train or fine-tune a CNN in PyTorch. The same command goes on where it was interrupted.",
     )
-    p.add_argument("--method", choices=tuple(DEFAULTS), default="full", help="what trains (default: %(default)s)")
+    add_method_option(p, FROM_SCRATCH)
     p.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="output folder: a checkpoint, or with lora-c adapter.safetensors; report.json and plot.png",
+        help="output folder: a checkpoint, or of adapters adapter.safetensors; report.json and plot.png",
     )
     p.add_argument("--restart", action="store_true", help="begin anew, whatever an interrupted run left in --out")
     _add_data_options(p)
@@ -63,7 +69,8 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--data",
         required=True,
-        help="digits, cifar10, cifar100, an .npz file (images, labels), or a folder with one sub-folder per class",
+        help="digits, cifar10, cifar100, an .npz file (images, or samples of signals, and labels), or a folder with "
+        "one sub-folder per class",
     )
     g.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
     g.add_argument("--download", action="store_true", help="download CIFAR into --data-root if it is not there")
@@ -84,7 +91,10 @@ def _add_network_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("network")
     g.add_argument("--base", type=Path, help="start from this checkpoint folder; it says model, input and classes")
     g.add_argument("--new-head", action="store_true", help="with --base: a fresh head for the data's classes")
-    g.add_argument("--model", help=f"a network by name (default: {MODEL}; an unknown name lists all)")
+    g.add_argument(
+        "--model",
+        help=f"a network by name (default: {MODEL[3]}, of signals {MODEL[1]} or {MODEL[2]}; an unknown name lists all)",
+    )
     g.add_argument("--cifar-stem", action="store_true", help="a stem that keeps the resolution of small images")
     g.add_argument(
         "--weights", type=Path, help="start from a .pth or .safetensors file, or from torchvision's: imagenet"
@@ -97,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     _refuse_idle_options(p, args)
-    console = Console(stderr=True, highlight=False)
+    from lorac_deploy.acceleration import is_main, leave, several
+
+    if args.download and several():
+        p.error("--download: all processes would download at once; download with a single one first")
+    console = Console(stderr=True, highlight=False, quiet=not is_main())
     with usage_errors(p):  # settings that fit neither each other nor the data
         config = training_config(args.method, args)
         lora = lora_config(args, config.seed)
@@ -105,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepared = _prepared(args, config.seed)
         report, saved = _run(args, console, prepared, config=config, lora=lora)
     _show(report, saved, console)
+    leave()
     return 0
 
 
@@ -115,12 +130,12 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
         _refuse(p, args, told, "says what the checkpoint of --base says itself")
     elif args.new_head:
         p.error("--new-head goes with --base; other networks get a head for the data's classes anyway")
-    elif args.method != "full" and args.weights is None:
+    elif args.method != FROM_SCRATCH and args.weights is None:
         p.error(f"--method {args.method} fine-tunes a trained network: give --base or --weights")
     if not args.data.startswith("cifar"):
         _refuse(p, args, ("data_root", "download"), "goes with cifar10 and cifar100")
-    for name in idle_lora_options(args.method, args):
-        _refuse(p, args, (name,), "goes with --method lora-c" + (" or full" if name == "blocks" else ""))
+    refuse_idle_lora_options(p, args)
+    refuse_idle_step_options(p, args, {field.name: None for field in dataclasses.fields(TrainConfig)})
 
 
 def _refuse(p: argparse.ArgumentParser, args: argparse.Namespace, options: tuple[str, ...], why: str) -> None:
@@ -148,8 +163,8 @@ def _prepared(args: argparse.Namespace, seed: int) -> Prepared:
 def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Dataset:
     from lorac_deploy.data import load_dataset, named
 
-    size, channels = args.size, args.channels or 3
-    if start is not None:
+    size, channels = args.size, args.channels
+    if start is not None and start.input.is_image:
         channels, size = start.input.shape[0], start.input.shape[1:]
     dataset = load_dataset(
         args.data, split=split, size=size, channels=channels, root=args.data_root, download=args.download
@@ -159,12 +174,14 @@ def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Datase
 
 def _new_network(args: argparse.Namespace, dataset: Dataset, seed: int) -> Start:
     from lorac_deploy.data import input_spec
-    from lorac_deploy.models import ModelSpec
+    from lorac_deploy.models import ModelSpec, require_axes
     from lorac_deploy.start import from_model
 
-    spec = ModelSpec(args.model or MODEL, len(dataset.class_names), args.cifar_stem, dataset.shape[0])
+    model = args.model or MODEL[len(dataset.shape)]
+    spec = ModelSpec(model, len(dataset.class_names), args.cifar_stem, dataset.shape[0])
+    require_axes(model, dataset.shape)
     known = args.data if args.data.startswith("cifar") else "imagenet" if args.weights else "data"
-    normalization = args.normalize or (known if dataset.shape[0] == 3 else "data")
+    normalization = args.normalize or (known if dataset.is_image and dataset.shape[0] == 3 else "data")
     return from_model(
         spec,
         input_spec(dataset.images, normalization),
@@ -178,6 +195,8 @@ def _run(
     args: argparse.Namespace, console: Console, prepared: Prepared, *, config: TrainConfig, lora: LoraConfig
 ) -> tuple[TrainReport, Path]:
     """Train with a progress bar, and save."""
+    from lorac_deploy.acceleration import is_main
+    from lorac_deploy.train_checks import require_fresh_head_trains
     from lorac_deploy.trainer import train
     from lorac_deploy.training_outputs import save_training
     from lorac_deploy.training_state import STATE
@@ -185,6 +204,7 @@ def _run(
 
     start, dataset, test = prepared
     if start.fresh:
+        require_fresh_head_trains(start.module, start.fresh, start.input, method=args.method, config=config, lora=lora)
         console.print(f"these tensors start fresh: {', '.join(start.fresh)}")
     state = output_folder(args.out) / STATE
     with _hint(console, state), _Display(console) as display:
@@ -200,6 +220,8 @@ def _run(
             restart=args.restart,
             on_progress=display.show,
         )
+    if not is_main():
+        return report, args.out
     saved = save_training(args.out, start, report)
     state.unlink(missing_ok=True)
     return report, saved

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorac_deploy.commands._common import guarded
-from lorac_exporters.dropin import DropinReport
+from lorac_exporters.checks import DropinReport
 
 COLOURS = {"pass": "green", "fail": "bold red", "not checked": "yellow"}
 

@@ -29,8 +29,11 @@ def motion_blur(image: Image, severity: int, rng: np.random.Generator) -> Image:
 
 
 def zoom_blur(image: Image, severity: int, _rng: np.random.Generator) -> Image:
-    """The mean of the image and of enlargements by steps of one per cent."""
-    steps = (6, 11, 16, 21, 26)[severity - 1]
+    """The mean of the image and of enlargements by steps of one per cent.
+
+    The published ranges end before 6, 11, 16, 21 and 26 per cent, but the first two, rounded up, include their ends.
+    """
+    steps = (7, 12, 16, 21, 26)[severity - 1]
     zoomed = sum((filters.zoom(image, 1 + step / 100) for step in range(steps)), np.zeros(image.shape))
     return (image + zoomed) / (steps + 1)
 

@@ -26,12 +26,12 @@ def accuracy(model: Path, artifact: Path, data: Path) -> float:
     manifest = mf.load(artifact)
     local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    right = 0
-    for start in range(0, len(local.labels), BATCH):
+    right, labels = 0, local.known_labels()
+    for start in range(0, len(local), BATCH):
         images = preprocess(local.images[start : start + BATCH], manifest.input)
         (logits,) = session.run([manifest.output.name], {manifest.input.name: images})
-        right += int(np.sum(np.argmax(logits, axis=1) == local.labels[start : start + BATCH]))
-    return right / len(local.labels)
+        right += int(np.sum(np.argmax(logits, axis=1) == labels[start : start + BATCH]))
+    return right / len(local)
 
 
 if __name__ == "__main__":

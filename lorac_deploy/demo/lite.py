@@ -26,8 +26,8 @@ def accuracy(model: Path, artifact: Path, data: Path) -> float | None:
         answers = TfliteAnswers(model, read_network(model), manifest.input)
     except ConversionError:
         return None
-    right = 0
+    right, labels = 0, local.known_labels()
     for start in range(0, len(local), BATCH):
         (logits,) = answers(local.images[start : start + BATCH]).values()
-        right += int(np.sum(np.argmax(logits, axis=1) == local.labels[start : start + BATCH]))
+        right += int(np.sum(np.argmax(logits, axis=1) == labels[start : start + BATCH]))
     return right / len(local)

@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from lorac_deploy.quiet import quiet_runtime
 from lorac_deploy.study.bench import CLEAN, Bench, accuracy, read_local, write_local
 from lorac_deploy.study.cells import Cell
 from lorac_deploy.study_data import with_wrong
@@ -60,7 +61,8 @@ def run_cell(bench: Bench, cell: Cell) -> Row:
         costs=dataclasses.asdict(artifact_costs(artifact)),
     )
     try:
-        row = _measured(bench, cell, artifact, row)
+        with quiet_runtime():
+            row = _measured(bench, cell, artifact, row)
     except LoracDeployError as err:
         row = dataclasses.replace(row, failed=str(err))
     atomic_write(row_file(bench, cell), json.dumps(dataclasses.asdict(row), indent=1).encode())

@@ -21,7 +21,7 @@ from lorac_runtime.errors import AdapterError, listed
 from lorac_runtime.expected import adapter_problems, missing_batchnorm
 from lorac_runtime.files import atomic_write
 from lorac_runtime.folding import fold_bias, fold_factor, fold_rows, scale_rows
-from lorac_runtime.manifest import Adapter, BatchNorm, Manifest
+from lorac_runtime.manifest import Adapter, BatchNorm, Manifest, Partial
 
 FORMAT = "lorac-adapter"
 SCHEMA = "1"
@@ -103,8 +103,9 @@ def to_manifest_coordinates(manifest: Manifest, batchnorm: Tensors, file: Adapte
     """The adapter's tensors as the artifact wants them; an unfolded adapter moves to folded weights exactly.
 
     ``batchnorm`` is the content of batchnorm.safetensors; statistics that the adapter carries replace it.
-    Rows of ``lora_b`` and fully trained weights are multiplied by gamma / sqrt(var + eps), biases follow, and
-    a trained bias that the unfolded network did not have starts at the folded one.
+    Rows of ``lora_b``, trained channels and weights are multiplied by gamma / sqrt(var + eps), biases follow, and
+    a trained bias that the unfolded network did not have starts at the folded one; the shift of a batch normalisation
+    that trained in its place (method ``bias`` in PyTorch) goes into it: (bias - mean) * gamma / sigma + shift.
 
     Raises AdapterError if the adapter does not fit (`check_adapter`), or if the artifact kept no batch
     normalisation to fold with.
@@ -122,15 +123,24 @@ def to_manifest_coordinates(manifest: Manifest, batchnorm: Tensors, file: Adapte
         )
     trained = {t.name: t.shape for t in manifest.trainables}
     adapters = {a.weight: a for a in manifest.adapters}
+    partials = {p.weight: p for p in manifest.partials}
     for bn in manifest.batchnorms:
         if bn.affine:
             state.update(_affine(bn, current, trained))
         else:
-            state.update(_folded(bn, adapters.get(bn.folded_into[0]), current, trained))
-    return state
+            weight = bn.folded_into[0]
+            state.update(_folded(bn, adapters.get(weight), partials.get(weight), current, trained))
+    shifts = set() if manifest.carries_statistics else {bn.bias for bn in manifest.batchnorms} - trained.keys()
+    return {name: value for name, value in state.items() if name not in shifts}  # these are in biases now
 
 
-def _folded(bn: BatchNorm, adapter: Adapter | None, current: Tensors, trained: dict[str, tuple[int, ...]]) -> Tensors:
+def _folded(
+    bn: BatchNorm,
+    adapter: Adapter | None,
+    partial: Partial | None,
+    current: Tensors,
+    trained: dict[str, tuple[int, ...]],
+) -> Tensors:
     """What changes with a batch normalisation that was folded into a convolution."""
     factor = fold_factor(current[bn.weight], current[bn.running_var], bn.eps)
     weight, bias = bn.folded_into
@@ -138,8 +148,9 @@ def _folded(bn: BatchNorm, adapter: Adapter | None, current: Tensors, trained: d
     if adapter is not None:
         k_h = conv_dims(adapter.weight_shape)[2]
         moved[adapter.lora_b] = scale_rows(current[adapter.lora_b], factor, k_h)
-    if weight in trained:
-        moved[weight] = fold_rows(current[weight], factor)
+    for name in (weight, partial.tensor if partial is not None else weight):
+        if name in trained:
+            moved[name] = fold_rows(current[name], factor)
     if bias in trained:
         before = current.get(bias, current[f"{bn.name}.conv_bias"])
         moved[bias] = fold_bias(before, factor, current[bn.bias], current[bn.running_mean])

@@ -7,16 +7,16 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, get_args, get_origin, get_type_hints
+from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 from lorac_runtime import resume
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.errors import LoracDeployError
 from lorac_runtime.manifest import ADAPTER
 from lorac_runtime.report import FILE_NAME as REPORT
-from lorac_runtime.report import FinetuneReport
+from lorac_runtime.report import CacheReport, FinetuneReport
 from lorac_runtime.session import Progress, finetune
 
 DESCRIPTION = (
@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         required=True,
-        help=".npz file with images (uint8) and labels, or a folder with one sub-folder of images per class",
+        help=".npz file with images (uint8) and labels, or a folder with one sub-folder of images per class; labels "
+        "may be missing where the artifact's method needs none (tent, recalibrate)",
     )
     made.add_argument("--out", type=Path, required=True, help="output folder; created where it is missing")
     made.add_argument("--adapter", type=Path, help="start from this adapter file (default: the artifact's own)")
@@ -50,10 +51,25 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument(name, type=_names, default=field.default, metavar="FORMATS", help=text)
         else:
             kind = next(iter(get_args(hints[field.name])), hints[field.name])
-            made.add_argument(name, type=kind, default=field.default, help=text, choices=field.metadata["choices"])
+            parse, choices = field.metadata["parse"], field.metadata["choices"]
+            reads = kind if parse is None else _explained(parse)
+            metavar = None if parse is None else "SIZE"
+            made.add_argument(name, type=reads, default=field.default, help=text, choices=choices, metavar=metavar)
     made.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     made.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
     return made
+
+
+def _explained(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same function with an error that argparse shows as it is."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return read
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -172,18 +188,34 @@ def table(report: FinetuneReport, out: Path) -> str:
     memory = "unknown" if report.peak_memory_bytes is None else f"{report.peak_memory_bytes / 2**20:.0f} MiB"
     rows = {
         "accuracy": _accuracies(report),
-        "loss": f"{report.epoch_losses[0]:.4f} in the first epoch, {report.epoch_losses[-1]:.4f} in the last",
+        "loss": _losses(report),
         "trained": f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})",
         "images": f"{report.train_images} for training, {report.val_images} held out",
-        "time": f"{report.seconds:.1f} s, a step {1e3 * report.step_seconds:.1f} ms",
+        "time": f"{report.seconds:.1f} s" + (f", a step {1e3 * report.step_seconds:.1f} ms" if report.losses else ""),
         "memory": memory,
+        **({} if report.cache is None else {"cache": _cache(report.cache)}),
         "written": ", ".join(str(out / name) for name in (ADAPTER, *(f.name for f in report.fused), REPORT)),
     }
     return "".join(f"{name:10}{text}\n" for name, text in rows.items())
 
 
+def _cache(cache: CacheReport) -> str:
+    return (
+        f"{cache.hit_rate:.1%} of {cache.hits + cache.misses:,} look-ups answered; {cache.stored} of {cache.samples} "
+        f"samples in {cache.nbytes / 1e6:.1f} MB"
+    )
+
+
+def _losses(report: FinetuneReport) -> str:
+    if report.epoch_losses:
+        return f"{report.epoch_losses[0]:.4f} in the first epoch, {report.epoch_losses[-1]:.4f} in the last"
+    if report.loss_before is None or report.loss_after is None:
+        return "not measured: no images were held out"
+    return f"{report.loss_before:.4f} before, {report.loss_after:.4f} after, on held-out images; nothing trained"
+
+
 def _accuracies(report: FinetuneReport) -> str:
     before, after = report.accuracy_before, report.accuracy_after
     if before is None or after is None:
-        return "not measured: no images were held out"
+        return f"not measured: no {'labels' if report.val_images else 'images were held out'}"
     return f"{before:.1%} before, {after:.1%} after, on {report.val_images} held-out images"

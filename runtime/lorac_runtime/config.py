@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from lorac_runtime.engines import AUTO, MODULES
-from lorac_runtime.manifest import BASE, BASE_TFLITE, TrainingDefaults
+from lorac_runtime.errors import ArtifactError
+from lorac_runtime.manifest import BASE, BASE_TFLITE, Manifest, TrainingDefaults
 
 ENGINES = (AUTO, *MODULES)
 FORMATS = {"onnx": BASE, "tflite": BASE_TFLITE}  # what a fused file can be, and the base file that it is a copy of
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field whose help text and choices the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+def size_in_bytes(text: str) -> int:
+    """Bytes.
+
+    >>> size_in_bytes("256MB"), size_in_bytes("1GiB"), size_in_bytes("1.5 G"), size_in_bytes("4096")
+    (256000000, 1073741824, 1500000000, 4096)
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is not a size; write it like 256MB, 512MiB or 1GiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None, parse: Any = None) -> Any:
+    """A field whose help text and choices the command line shows, and how it reads a value that is no plain number."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "parse": parse})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +66,16 @@ class FinetuneConfig:
         "compute a step in pieces of so many images, in less memory and with the same result; engine onnxruntime, not "
         "with BN policy batch (default: all images at once)",
     )
+    cache: int | None = _option(
+        None,
+        "keep what the frozen front of the network computes in OUT/cache, in at most this much space, such as 64MB or "
+        "1GiB, so that it runs once for each image and not in every epoch; the result is the same to the last bit "
+        "(default: no cache)",
+        parse=size_in_bytes,
+    )
+    cache_fp16: bool = _option(
+        False, "keep it in half precision: twice as many images in the same space, but the result differs a little"
+    )
     to: tuple[str, ...] = _option(
         ("onnx",),
         "formats of the fused model, onnx, tflite or onnx,tflite: OUT gets a file fused.FORMAT for each, made from "
@@ -58,8 +85,10 @@ class FinetuneConfig:
     restart: bool = _option(False, "begin anew, whatever a finished or unfinished run left in the output folder")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch", "threads"):
+        for name in ("epochs", "batch_size", "micro_batch", "cache", "threads"):
             _check(name, getattr(self, name), least=1)
+        if self.cache_fp16 and self.cache is None:
+            raise ValueError("cache_fp16 says how the cache stores numbers; give the cache a size too (--cache 64MB)")
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         if not self.to or not set(self.to) <= set(FORMATS) or len(set(self.to)) < len(self.to):
@@ -88,6 +117,23 @@ class Settings:
     warmup: float
     val_fraction: float
     seed: int
+
+
+def settings_for(manifest: Manifest, config: FinetuneConfig) -> Settings:
+    """What is asked for, the artifact's defaults for the rest; where nothing trains there are no epochs.
+
+    Raises ArtifactError for settings of a training that does not take place.
+    """
+    settings = config.resolved(manifest.training)
+    if manifest.trainables:
+        return settings
+    idle = [f"--{name}" for name in ("epochs", "lr", "warmup") if getattr(config, name) is not None]
+    if idle:
+        raise ArtifactError(
+            f"this artifact trains nothing (method {manifest.method}), so {' and '.join(idle)} would change nothing: "
+            "leave that out, or export with a method that trains"
+        )
+    return dataclasses.replace(settings, epochs=0)
 
 
 def _check(name: str, value: int | None, *, least: int) -> None:

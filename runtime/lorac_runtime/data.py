@@ -1,6 +1,6 @@
-"""Local data: labelled images from an ``.npz`` file or from class folders, checked before any work.
+"""Local data: images or signals from an ``.npz`` file, or images from folders, checked before any work.
 
-Images are uint8 as a camera gives them; the numbers that a model wants are computed in `preprocess`.
+Images are uint8 as a camera gives them, signals are floats; `preprocess` computes the numbers that a model wants.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime.errors import DataError
-from lorac_runtime.image_folder import read_class_folders
+from lorac_runtime.image_folder import read_folder
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.sample_ids import checked_ids
+from lorac_runtime.signals import as_signals, described
 
 Array = npt.NDArray[Any]
+NEED_LABELS = "Only artifacts of the methods tent and recalibrate adapt a model without labels; others learn from them."
 
 # What zip archives, compression and the headers of arrays raise when they are damaged; RuntimeError: encrypted.
 _DAMAGED = (
@@ -44,13 +47,24 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class LocalData:
-    """``images`` uint8 (N, H, W, C), however they were stored, and ``labels`` int64 (N,)."""
+    """``images`` uint8 (N, H, W, C), however they were stored, and ``labels`` int64 (N,), None where there are none.
 
-    images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.int64]
+    Signals stand in ``images`` too: float32 (N, features) or (N, channels, length). ``ids`` are integers or strings
+    (N,), each once, by which a cache knows samples again; None: their positions.
+    """
+
+    images: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64] | None
+    ids: Array | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
+
+    def known_labels(self) -> npt.NDArray[np.int64]:
+        """``labels``; raises DataError where there are none."""
+        if self.labels is None:
+            raise DataError(f"{len(self.images)} samples without labels, where labels are needed")
+        return self.labels
 
 
 def load_data(
@@ -58,50 +72,73 @@ def load_data(
 ) -> LocalData:
     """Read and check local data: a ``.npz`` file, or a folder with one sub-folder of images per class.
 
+    With ``require_classes=0`` labels may be missing, for what needs none: a ``.npz`` without ``labels``, or a folder
+    of image files without sub-folders. Labels that are there are checked all the same.
+
     A ``.npz`` holds ``images``, uint8 (N, H, W, C) or (N, C, H, W), or (N, H, W) for one channel, and
-    ``labels``, integers 0 to classes - 1, (N,). Where all sides are equal, (N, H, W, C) is assumed.
+    ``labels``, integers 0 to classes - 1, (N,). Where all sides are equal, (N, H, W, C) is assumed. For a model that
+    takes signals it holds ``samples`` instead, finite floats (N, features) or (N, channels, length).
+    ``ids``, unique integers or strings, (N,), may name the samples for a cache of features.
     Training needs two classes; for evaluation ``require_classes=1`` will do.
 
     Raises DataError saying what was found and what was expected.
     """
+    images: Array
     if _is_folder(path):
-        images, labels = read_class_folders(path, spec, class_names)
+        (images, labels), ids = read_folder(path, spec, class_names), None
     else:
-        images, labels = read_npz(path)
-        images, labels = _as_nhwc(path, images, spec), _as_labels(path, labels, classes)
-    if len(images) != len(labels):
-        raise DataError(f"{path} holds {len(images)} images but {len(labels)} labels; there must be one label each")
-    if len(images) == 0:
-        raise DataError(f"{path} holds no images")
-    present = np.unique(labels)
-    if len(present) < require_classes:
+        images, labels, ids = _read_arrays(path, spec.key, needed=(spec.key, "labels")[: 2 if require_classes else 1])
+        images = as_signals(path, images, spec.shape) if not spec.is_image else _as_nhwc(path, images, spec)
+        labels = None if labels is None else _as_labels(path, labels, classes)
+    data = LocalData(np.ascontiguousarray(images), labels)
+    _check_labels(path, data, spec, class_names, require_classes)
+    return data if ids is None else dataclasses.replace(data, ids=checked_ids(path, ids, len(data)))
+
+
+def _check_labels(path: Path, data: LocalData, spec: InputSpec, class_names: Sequence[str], required: int) -> None:
+    labels = data.labels
+    if labels is not None and len(data) != len(labels):
+        raise DataError(f"{path} holds {len(data)} {spec.key} but {len(labels)} labels; there must be one label each")
+    if len(data) == 0:
+        raise DataError(f"{path} holds no {spec.key}")
+    if labels is None and required:
         raise DataError(
-            f"all {len(labels)} images of {path} are of class {class_names[present[0]]!r}: training on one class "
-            f"teaches a model to always answer it. Add images of other classes (at least {require_classes})"
+            f"{path} holds {len(data)} {spec.key} without labels (no sub-folders): {NEED_LABELS} Put the files of each "
+            "class into a sub-folder with the name of the class"
         )
-    return LocalData(np.ascontiguousarray(images), labels)
+    present = np.unique(np.empty(0, np.int64) if labels is None else labels)
+    if len(present) < required:
+        raise DataError(
+            f"all {len(data)} {spec.key} of {path} are of class {class_names[present[0]]!r}: training on one class "
+            f"teaches a model to always answer it. Add {spec.key} of other classes (at least {required})"
+        )
 
 
-def preprocess(images: npt.NDArray[np.uint8], spec: InputSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+def preprocess(images: Array, spec: InputSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
     """Images uint8 (N, H, W, C) as the model takes them: (pixel * scale - mean) / std, float32 (N, C, H, W).
 
-    A model that does this itself (``spec.in_graph``) takes them untouched.
+    A model that does this itself (``spec.in_graph``) takes them untouched. Signals float32 (N, C, L) or (N, features)
+    keep their order of axes.
 
     >>> spec = InputSpec("input", (1, 1, 2), scale=0.5, mean=(1.0,), std=(2.0,))
     >>> preprocess(np.array([[[[2], [10]]]], np.uint8), spec)
     array([[[[0., 2.]]]], dtype=float32)
+    >>> spectra = InputSpec("input", (3,), scale=1.0, mean=(1.0,), std=(2.0,), dtype="float32")
+    >>> preprocess(np.array([[1, 3, 5]], np.float32), spectra)
+    array([[0., 1., 2.]], dtype=float32)
     """
     if spec.in_graph:
         return images
-    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32)
-    pixels *= np.float32(spec.scale)
-    pixels -= np.asarray(spec.mean, np.float32).reshape(-1, 1, 1)
-    pixels /= np.asarray(spec.std, np.float32).reshape(-1, 1, 1)
-    return pixels
+    column = (spec.channels, *[1] * (len(spec.shape) - 1))
+    values = np.array(np.moveaxis(images, -1, 1) if spec.is_image else images, np.float32, order="C")  # always a copy
+    values *= np.float32(spec.scale)
+    values -= np.asarray(spec.mean, np.float32).reshape(column)
+    values /= np.asarray(spec.std, np.float32).reshape(column)
+    return values
 
 
 def fingerprint(data: LocalData) -> str:
-    """Hex sha256 of images and labels, their shape included: tells whether a run resumes on the same data.
+    """Hex sha256 of images (or signals) and labels, their shape included: tells whether a run resumes on the same data.
 
     >>> one = LocalData(np.zeros((2, 1, 1, 1), np.uint8), np.array([0, 1]))
     >>> fingerprint(one) == fingerprint(LocalData(one.images, one.labels[::-1]))
@@ -109,8 +146,22 @@ def fingerprint(data: LocalData) -> str:
     """
     digest = hashlib.sha256(repr(data.images.shape).encode())
     digest.update(np.ascontiguousarray(data.images).data)
-    digest.update(np.ascontiguousarray(data.labels, "<i8").data)
+    if data.labels is not None:
+        digest.update(np.ascontiguousarray(data.labels, "<i8").data)
     return digest.hexdigest()
+
+
+def split(data: LocalData, fraction: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`stratified_split` of the labels; without labels at random.
+
+    >>> train, held = split(LocalData(np.zeros((8, 1, 1, 1), np.uint8), None), 0.25, 0)
+    >>> len(train), len(held)
+    (6, 2)
+
+    Raises what `stratified_split` raises.
+    """
+    classes = np.zeros(len(data), np.int64) if data.labels is None else data.labels
+    return stratified_split(classes, fraction, seed)
 
 
 def stratified_split(
@@ -135,8 +186,8 @@ def stratified_split(
     if fraction > 0 and not sum(counts):
         needed = max(2.0, np.ceil(0.5 / fraction))
         raise DataError(
-            f"{len(labels)} images in {len(groups)} classes are too few to hold out {fraction:g} of them: it takes "
-            f"at least {needed:.0f} images, two of them of the same class, or a held-out fraction of 0"
+            f"{len(labels)} samples in {len(groups)} classes are too few to hold out {fraction:g} of them: it takes "
+            f"at least {needed:.0f} samples, two of them of the same class, or a held-out fraction of 0"
         )
     held = [group[:count] for group, count in zip(groups, counts, strict=True)]
     kept = [group[count:] for group, count in zip(groups, counts, strict=True)]
@@ -172,22 +223,30 @@ def _is_folder(path: Path) -> bool:
         ) from err
 
 
-def read_npz(path: Path) -> tuple[Array, Array]:
-    """``images`` and ``labels`` of a file as they are stored, pickling off; their contents are not checked.
+def read_npz(path: Path, key: str = "images") -> tuple[Array, Array]:
+    """``images`` (or what ``key`` says) and ``labels`` of a file as they are stored; their contents are not checked.
 
-    Raises DataError.
+    Pickling is off. Raises DataError.
     """
-    advice = "save it with numpy.savez(path, images=..., labels=...)"
+    images, labels, _ = _read_arrays(path, key, needed=(key, "labels"))
+    assert labels is not None
+    return images, labels
+
+
+def _read_arrays(path: Path, key: str, *, needed: Sequence[str]) -> tuple[Array, Array | None, Array | None]:
+    advice = f"save it with numpy.savez(path, {', '.join(f'{name}=...' for name in needed)})"
     try:
         # Opened here: numpy leaves a file open that turns out to be no archive.
         with path.open("rb") as stream:
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} holds a single array, not images and labels; {advice}")
-            missing = [key for key in ("images", "labels") if key not in archive.files]
+                raise DataError(f"{path} holds a single array, not {' and '.join(needed)}; {advice}")
+            missing = [name for name in needed if name not in archive.files]
             if missing:
-                raise DataError(f"{path} has no {' and no '.join(missing)}, only {archive.files}; {advice}")
-            return archive["images"], archive["labels"]
+                why = f". {NEED_LABELS}" if missing == ["labels"] else ""
+                raise DataError(f"{path} has no {' and no '.join(missing)}, only {archive.files}; {advice}{why}")
+            labels, ids = (archive[name] if name in archive.files else None for name in ("labels", "ids"))
+            return archive[key], labels, ids
     except MemoryError as err:
         raise DataError(f"{path} says it holds more than fits into memory ({err})") from err
     except _DAMAGED as err:
@@ -196,7 +255,7 @@ def read_npz(path: Path) -> tuple[Array, Array]:
 
 def _as_nhwc(path: Path, images: Array, spec: InputSpec) -> npt.NDArray[np.uint8]:
     if images.dtype != np.uint8:
-        raise DataError(f"images of {path} are {_described(images)}, expected uint8, 0 to 255, not normalised")
+        raise DataError(f"images of {path} are {described(images)}, expected uint8, 0 to 255, not normalised")
     channels, height, width = spec.shape
     if images.shape[1:] == (height, width, channels):
         return images
@@ -212,18 +271,12 @@ def _as_nhwc(path: Path, images: Array, spec: InputSpec) -> npt.NDArray[np.uint8
 
 def _as_labels(path: Path, labels: Array, classes: int) -> npt.NDArray[np.int64]:
     if labels.dtype.kind not in "iu":
-        raise DataError(f"labels of {path} are {_described(labels)}, expected integers 0 to {classes - 1}")
+        raise DataError(f"labels of {path} are {described(labels)}, expected integers 0 to {classes - 1}")
     if labels.ndim != 1:
-        raise DataError(f"labels of {path} have shape {labels.shape}, expected one class number per image, (N,)")
+        raise DataError(f"labels of {path} have shape {labels.shape}, expected one class number each, (N,)")
     values, counts = np.unique(labels, return_counts=True)
     wrong = [f"{v} ({n} times)" for v, n in zip(values, counts, strict=True) if not 0 <= v < classes]
     if wrong:
         shown = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise DataError(f"labels of {path} must be 0 to {classes - 1}, for {classes} classes, but there are {shown}")
     return labels.astype(np.int64)
-
-
-def _described(array: Array) -> str:
-    """The type, and how many values are NaN if it can hold any."""
-    nans = int(np.isnan(array).sum()) if array.dtype.kind in "fc" else 0
-    return f"{array.dtype}" + (f" and hold NaN ({nans} of {array.size} values)" if nans else "")

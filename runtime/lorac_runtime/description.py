@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Container, Iterable
 from typing import Literal, cast
 
+from lorac_runtime.additions import Additions
 from lorac_runtime.delta import Layout
 
 BnPolicy = Literal["frozen", "batch", "recalibrate"]
 BN_POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch", "recalibrate")
 OPTIMIZERS = ("adamw", "sgd")
 LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "entropy")
-ROLES = ("lora_a", "lora_b", "alpha", "weight", "bias", "bn_weight", "bn_bias")
+ROLES = ("lora_a", "lora_b", "alpha", "weight", "bias", "bn_weight", "bn_bias", "partial")
+INPUT_DTYPES = ("uint8", "float32")  # images, signals
 TFLITE_WEIGHTS = ("float32", "fp16", "int8")
 BASE, BASE_TFLITE = "base.onnx", "base.tflite"
 ITEM_SIZES = {"float32": 4, "float16": 2, "int8": 1, "int32": 4}  # bytes of a stored number, by dtype of a patch
@@ -21,18 +24,50 @@ ITEM_SIZES = {"float32": 4, "float16": 2, "int8": 1, "int32": 4}  # bytes of a s
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:
-    """What the model takes. ``mean`` and ``std`` are per channel, in units of ``pixel * scale``.
+    """What the model takes. ``mean`` and ``std`` are per channel, in units of ``value * scale``.
 
-    ``shape`` is (channels, height, width). With ``in_graph`` the file takes raw uint8 images, NHWC, and does
-    ``(pixel * scale - mean) / std`` itself; otherwise it takes float32 NCHW, already normalised.
+    ``dtype`` is one of `INPUT_DTYPES`: "uint8" images, ``shape`` (channels, height, width); or "float32" signals,
+    ``shape`` (channels, length), or (features,), which have one mean and one std for all of them. With ``in_graph`` the
+    file takes raw uint8 images, NHWC, and does ``(pixel * scale - mean) / std`` itself; otherwise it takes float32,
+    channels first, already normalised.
+
+    >>> spectra = InputSpec("input", (256,), scale=1.0, mean=(0.5,), std=(2.0,), dtype="float32")
+    >>> spectra.is_image, spectra.key, spectra.channels, spectra.raw_shape
+    (False, 'samples', 1, (256,))
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_graph: bool = False
+    dtype: str = "uint8"
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it takes images; otherwise signals."""
+        return self.dtype == "uint8"
+
+    @property
+    def key(self) -> str:
+        """What such data are called, in an ``.npz`` file and in messages."""
+        return "images" if self.is_image else "samples"
+
+    @property
+    def channels(self) -> int:
+        """How many values ``mean`` and ``std`` have."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """The shape of one raw sample: (height, width, channels) of an image, ``shape`` of a signal."""
+        return self.channels_last if self.is_image else self.shape
+
+    @property
+    def channels_last(self) -> tuple[int, ...]:
+        """``shape`` with the channels behind the positions, as TFLite has it."""
+        return (*self.shape[1:], *self.shape[:1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +80,10 @@ class OutputSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A low-rank adapter of one convolution. ``r`` is the nominal rank, ``rank`` the inner dimension of B A.
+    """A low-rank adapter of one layer. ``r`` is the nominal rank, ``rank`` the inner dimension of B A.
 
     The factor is ``alpha / r``; where ``lora_alpha`` names a tensor (1,), alpha is learned and read from it.
+    ``pairs``: how many pairs of factors share the output channels; `lorac_runtime.delta` has the shapes.
     """
 
     layer: str
@@ -61,11 +97,33 @@ class Adapter:
     alpha: float
     layout: str
     lora_alpha: str | None = None
+    pairs: int = 1
 
     @property
     def arrangement(self) -> Layout:
         """The layout, typed."""
         return cast(Layout, self.layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A layer of which only some input channels train: ``tensor`` takes the place of ``weight[:, channels]``.
+
+    ``weight_shape`` is (c_out, c_in/groups, k...), the tensor's (c_out, len(channels), k...). ``channels`` are in
+    ascending order; with groups they are counted within each group, and are the same for all.
+    """
+
+    layer: str
+    weight: str
+    tensor: str
+    weight_shape: tuple[int, ...]
+    groups: int
+    channels: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of ``tensor``."""
+        return (self.weight_shape[0], len(self.channels), *self.weight_shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +136,21 @@ class Trainable:
 
 
 @dataclasses.dataclass(frozen=True)
+class Feature:
+    """A value that the frozen front of the network hands to the rest: float32 (batch, *shape)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchNorm:
     """A batch normalisation of the original network. Its tensors lie in batchnorm.safetensors by these names.
 
     ``folded_into`` names the convolution weight and bias that absorbed it in base.onnx, or the two tensors
-    (scale, shift), each (1, C, 1, 1), of the Mul + Add that replaced it (``affine``).
-    ``positions`` is height * width of its input, for PyTorch's unbiased running variance.
+    (scale, shift), each (1, C, 1, 1), or (1, C) behind a fully connected layer, of the Mul + Add
+    that replaced it (``affine``). ``positions`` is the number of values of a channel in one sample of its input, for
+    PyTorch's unbiased running variance.
     """
 
     name: str
@@ -154,7 +221,8 @@ class Patch:
 @dataclasses.dataclass(frozen=True)
 class TfliteEntry:
     """What base.tflite is. ``weights`` is one of `TFLITE_WEIGHTS`; ``input_dtype`` and ``output_dtype`` are what an
-    app gives and gets (float32, uint8 or int8), the shapes as stored: (1, height, width, channels), (1, classes).
+    app gives and gets (float32, uint8 or int8), the shapes as stored: (1, height, width, channels), (1, length,
+    channels) or (1, features), and (1, classes).
     """
 
     weights: str
@@ -212,7 +280,8 @@ class EngineEntry:
 class Manifest:
     """A whole artifact; see docs/artifact.md. ``coordinates`` says whether adapters add to folded weights.
 
-    ``tflite`` describes base.tflite, where the artifact has one.
+    ``tflite`` describes base.tflite, where the artifact has one. ``features`` are what prefix_step.onnx computes and
+    step graphs take instead of images; () where nothing frozen lies in front of what trains.
     """
 
     schema_version: int
@@ -234,12 +303,54 @@ class Manifest:
     model_parameters: int
     versions: dict[str, str]
     tflite: TfliteEntry | None = None
+    partials: tuple[Partial, ...] = ()
+    additions: Additions | None = None
+    features: tuple[Feature, ...] = ()
 
     @property
     def trained_parameters(self) -> int:
         """Number of trainable elements."""
         return sum(math.prod(t.shape) for t in self.trainables)
 
+    @property
+    def live_batchnorm(self) -> bool:
+        """Whether batch normalisations are layers of the graph that trains; otherwise they are folded there too."""
+        return self.coordinates == "unfolded"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss compares outputs with labels; the entropy of the outputs does without."""
+        return self.training.loss != "entropy"
+
+    @property
+    def moving_statistics(self) -> bool:
+        """Whether a training step uses the statistics of its batch and moves the running ones."""
+        return self.bn_policy == "batch"
+
+    @property
+    def carries_statistics(self) -> bool:
+        """Whether statistics may end as other ones than the base's, so that adapters carry them."""
+        return self.bn_policy != "frozen"
+
+    @property
+    def refolded(self) -> tuple[BatchNorm, ...]:
+        """The batch normalisations that fusing folds anew; what they are folded into is in the patch table."""
+        if self.carries_statistics:
+            return self.batchnorms
+        changing = {t.name for t in self.trainables} | {a.weight for a in self.adapters}
+        changing |= {p.weight for p in self.partials}
+        return touched(self.batchnorms, changing) if self.live_batchnorm else ()
+
     def to_json(self) -> str:
         """The manifest as text: sorted keys, no time stamps, so equal artifacts give equal bytes."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def touched(batchnorms: Iterable[BatchNorm], changing: Container[str]) -> tuple[BatchNorm, ...]:
+    """Those whose scale or shift, or whose convolution's weight or bias, is among the names ``changing``.
+
+    >>> bn = BatchNorm("bn", "bn.weight", "bn.bias", "m", "v", 1e-5, 0.1, 4, ("conv.weight", "conv.bias"))
+    >>> len(touched([bn], {"bn.bias"})), len(touched([bn], {"fc.weight"}))
+    (1, 0)
+    """
+    return tuple(bn for bn in batchnorms if any(n in changing for n in (bn.weight, bn.bias, *bn.folded_into)))

@@ -10,7 +10,9 @@ Caller mistakes (a wrong argument) are ``TypeError`` or ``ValueError``. Everythi
     ├── OutputError        the output folder cannot be written, or is full
     ├── DivergenceError    the loss became non-finite
     ├── ConversionError    a model holds something that cannot be converted or trained
-    └── CheckpointError    a checkpoint (cloud or device) cannot be read or does not belong here
+    ├── CacheError         features cannot be kept: too little space, nothing frozen in front, the folder in use
+    ├── CheckpointError    a checkpoint (cloud or device) cannot be read or does not belong here
+    └── StoreError         a store of domains is missing or damaged, or lacks the domain
 """
 
 
@@ -46,8 +48,16 @@ class ConversionError(LoracDeployError):
     """A model holds something that cannot be converted or trained."""
 
 
+class CacheError(LoracDeployError):
+    """The results of frozen layers cannot be kept as asked."""
+
+
 class CheckpointError(LoracDeployError):
     """A checkpoint cannot be read or does not belong here."""
+
+
+class StoreError(LoracDeployError):
+    """A store of domains is missing or damaged, or has no such domain."""
 
 
 def listed(headline: str, problems: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from lorac_runtime.delta import adapter_shapes
 from lorac_runtime.errors import ArtifactError
-from lorac_runtime.manifest import BASE, Adapter, BatchNorm, Manifest, Trainable
+from lorac_runtime.manifest import BASE, Adapter, BatchNorm, Manifest, Partial, Trainable
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -31,7 +32,7 @@ def adapter_problems(manifest: Manifest, tensors: Tensors, metadata: Mapping[str
     Raises ArtifactError as `state_problems` does.
     """
     required, optional = _expected(manifest)
-    if metadata.get("coordinates") == "unfolded" and manifest.coordinates == "folded":
+    if metadata.get("coordinates") == "unfolded" and not manifest.live_batchnorm:
         _unfold_expected(manifest, required, optional)
     return _metadata_problems(manifest, metadata) + _tensor_problems(manifest, tensors, required, optional)
 
@@ -43,6 +44,17 @@ def fixed_tensors(adapters: Iterable[Adapter], trainables: Iterable[Trainable]) 
     """
     trained = {t.name for t in trainables}
     return {n: s for adapter in adapters for n, s in _adapter_shapes(adapter).items() if n not in trained}
+
+
+def channels_digest(partials: Iterable[Partial]) -> str:
+    """Which channels train in which layers, as 16 hex digits; an adapter file's metadata hold it as ``channels``.
+
+    >>> one = Partial("conv", "conv.weight", "conv.partial", (4, 8, 3, 3), 1, (0, 5))
+    >>> channels_digest([one])
+    'bed4e242a325c22a'
+    """
+    text = ";".join(f"{p.layer}:{','.join(map(str, p.channels))}" for p in partials)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def missing_batchnorm(manifest: Manifest, tensors: Tensors) -> list[str]:
@@ -66,7 +78,7 @@ def _expected(manifest: Manifest) -> tuple[Shapes, Shapes]:
     optional: Shapes = {}
     for adapter in manifest.adapters:
         required |= _adapter_shapes(adapter)
-    if manifest.bn_policy != "frozen":
+    if manifest.carries_statistics:
         for bn, channels in _channels(manifest):
             required[bn.running_mean] = required[bn.running_var] = (channels,)
             optional[bn.weight] = optional[bn.bias] = (channels,)
@@ -74,7 +86,7 @@ def _expected(manifest: Manifest) -> tuple[Shapes, Shapes]:
 
 
 def _adapter_shapes(adapter: Adapter) -> Shapes:
-    shape_a, shape_b = adapter_shapes(adapter.weight_shape, adapter.rank)
+    shape_a, shape_b = adapter_shapes(adapter.weight_shape, adapter.rank, adapter.pairs)
     alpha: Shapes = {} if adapter.lora_alpha is None else {adapter.lora_alpha: (1,)}
     return {adapter.lora_a: shape_a, adapter.lora_b: shape_b, **alpha}
 
@@ -99,7 +111,8 @@ def _unfold_expected(manifest: Manifest, required: Shapes, optional: Shapes) -> 
                 if name in required:
                     required[original] = (math.prod(required.pop(name)),)
         elif shift in required:
-            optional[shift] = required.pop(shift)  # most convolutions before a batch normalisation have no bias
+            # Most convolutions before a batch normalisation have no bias: there its own shift trains instead.
+            optional[bn.bias] = optional[shift] = required.pop(shift)
 
 
 def _tensor_problems(manifest: Manifest, tensors: Tensors, required: Shapes, optional: Shapes) -> list[str]:
@@ -141,6 +154,10 @@ def _metadata_problems(manifest: Manifest, metadata: Mapping[str, str]) -> list[
         expected["base_sha256"] = manifest.files[BASE].sha256
     if manifest.adapters:
         expected.update(_common(manifest))
+    if manifest.additions is not None:
+        expected.update(manifest.additions.settings)
+    if manifest.partials:
+        expected["channels"] = channels_digest(manifest.partials)
     problems = []
     for key, wanted in expected.items():
         given = metadata.get(key)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorac_runtime.errors import OutputError
 
 Buffer = bytes | memoryview
 _READ = 1 << 20  # bytes at a time when a file is read back
+_LOCKED_BYTE = 1 << 62  # where Windows locks: far behind any content, which stays readable
 
 _ADVICE = {
     errno.ENOSPC: "Free some space or choose another output folder.",
@@ -152,6 +154,35 @@ def _checksum(stream: BinaryIO, nbytes: int) -> int | None:
 def _flush(path: Path) -> None:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
+
+
+def lock(stream: BinaryIO) -> bool:
+    """Keep a file for this process until the stream is closed or the process ends; False if another one has it.
+
+    Raises OSError where the file system has no locks.
+    """
+    try:
+        _lock_now(stream.fileno())
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_now(handle: int) -> None:
+        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _lock_now(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def flush_folder(folder: Path) -> None:

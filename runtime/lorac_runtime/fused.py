@@ -1,8 +1,8 @@
 """The final numbers of every weight that training changed: W + delta, batch normalisation folded back in.
 
-Under the policy ``frozen`` the trained tensors already belong to the folded network. Under ``batch`` training
-ran beside live batch normalisation, so weights and adapters are folded with its new statistics afterwards.
-Under ``recalibrate`` the base is folded with re-estimated statistics first, and adapters add to that.
+In folded coordinates the trained tensors already belong to the folded network. In unfolded ones (the policy ``batch``,
+or scale and shift that train) training ran beside live batch normalisation, so weights and adapters are folded with
+it afterwards. Under ``recalibrate`` the base is folded with re-estimated statistics first, and adapters add to that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorac_runtime.folding import (
     refold_weight,
     scale_rows,
 )
-from lorac_runtime.manifest import Adapter, BatchNorm, Manifest
+from lorac_runtime.manifest import Adapter, BatchNorm, Manifest, Partial
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -55,18 +55,25 @@ def fused_channels(manifest: Manifest, base: Tensors, state: Tensors, batchnorm:
     for site in sites.values():
         values.update(site.refolded(base, batchnorm))
     values.update(_trained_in_full(manifest, base, state, sites))
+    live = sites if manifest.live_batchnorm else {}
     for adapter in manifest.adapters:
-        start = values.get(adapter.weight)
-        if start is None and adapter.weight not in base:
-            raise ArtifactError(f"the patch table has no entry for {adapter.weight}; export the artifact again")
-        start = start or Channels.of(base[adapter.weight])
-        live = sites.get(adapter.weight) if manifest.bn_policy == "batch" else None
-        values[adapter.weight] = _plus_delta(start, adapter, state, live)
+        start = values.get(adapter.weight) or _stored(base, adapter.weight)
+        values[adapter.weight] = _plus_delta(start, adapter, state, live.get(adapter.weight))
+    for partial in manifest.partials:
+        start = values.get(partial.weight) or _stored(base, partial.weight)
+        values[partial.weight] = _with_columns(start, partial, state, live.get(partial.weight))
     return values
 
 
+def _stored(base: Tensors, name: str) -> Channels:
+    """A weight as the base file has it."""
+    if name not in base:
+        raise ArtifactError(f"the patch table has no entry for {name}; export the artifact again")
+    return Channels.of(base[name])
+
+
 class _Site:
-    """A batch normalisation whose statistics changed; ``old`` and ``new`` are gamma / sigma before and after."""
+    """A batch normalisation that changed; ``old`` and ``new`` are gamma / sigma before and after."""
 
     def __init__(self, bn: BatchNorm, before: Tensors, after: Tensors) -> None:
         self.bn = bn
@@ -107,17 +114,18 @@ class _Site:
 
 
 def _sites(manifest: Manifest, state: Tensors, batchnorm: Tensors) -> dict[str, _Site]:
-    """Batch normalisations that moved, by the first tensor they were folded into; none when frozen."""
-    if manifest.bn_policy == "frozen":
+    """Batch normalisations that may have changed, by the first tensor they were folded into."""
+    changed = manifest.refolded
+    if not changed:
         return {}
-    wanted = "unfolded" if manifest.bn_policy == "batch" else "folded"
-    if manifest.batchnorms and manifest.coordinates != wanted:
+    wanted = {"batch": "unfolded", "recalibrate": "folded"}.get(manifest.bn_policy, manifest.coordinates)
+    if manifest.coordinates != wanted:
         raise ArtifactError(f"bn_policy {manifest.bn_policy!r} needs {wanted} coordinates; export the artifact again")
     missing = missing_batchnorm(manifest, batchnorm)
     if missing:
         raise ArtifactError(f"batchnorm.safetensors has no {', '.join(missing)}; export the artifact again")
     after = dict(batchnorm) | _batchnorm_part(manifest, state)
-    return {bn.folded_into[0]: _Site(bn, batchnorm, after) for bn in manifest.batchnorms}
+    return {bn.folded_into[0]: _Site(bn, batchnorm, after) for bn in changed}
 
 
 def _batchnorm_part(manifest: Manifest, state: Tensors) -> dict[str, Array]:
@@ -131,7 +139,7 @@ def _trained_in_full(
     manifest: Manifest, base: Tensors, state: Tensors, sites: Mapping[str, _Site]
 ) -> dict[str, Channels]:
     """Weights and biases without adapter, for the folded network."""
-    live = sites if manifest.bn_policy == "batch" else {}
+    live = sites if manifest.live_batchnorm else {}
     by_bias = {site.bn.folded_into[1]: site for site in live.values()}
     values: dict[str, Channels] = {}
     for item in manifest.trainables:
@@ -155,19 +163,21 @@ def _folded_rows(weight: Array, factor: Doubles) -> Channels:
 
 def _plus_delta(start: Channels, adapter: Adapter, state: Tensors, live: _Site | None) -> Channels:
     """The folded weight ``start`` plus what the adapter adds to it."""
-    _, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
+    c_out, c_in, k_h, k_w = conv_dims(adapter.weight_shape)
     a, b = state[adapter.lora_a], state[adapter.lora_b]
     if live is not None:
         b = scale_rows(b, live.new, k_h)
     alpha = adapter.alpha if adapter.lora_alpha is None else float(state[adapter.lora_alpha][0])
-    step = max(1, _BLOCK // (k_h * c_in * k_w * adapter.rank))
+    share = c_out // adapter.pairs if adapter.pairs > 1 else 1  # channels that must stay together
+    step = max(1, _BLOCK // (k_h * c_in * k_w * adapter.rank) // share) * share
     if start.step > 1:  # another adapter's sum, whose blocks are not these
         start = Channels.of(start.whole())
 
     def change(first: int, last: int) -> Array:
         rows = b[first * k_h : last * k_h]  # in both layouts, k_h rows of lora_b make one output channel
-        shape = (last - first, *adapter.weight_shape[1:])
-        return delta(a, rows, shape, alpha / adapter.r, adapter.arrangement)
+        shape, pairs = (last - first, *adapter.weight_shape[1:]), (last - first) // share if adapter.pairs > 1 else 1
+        own = a if adapter.pairs == 1 else a[first // share * adapter.rank : last // share * adapter.rank]
+        return delta(own, rows, shape, alpha / adapter.r, adapter.arrangement, pairs=pairs)
 
     def sums(o: int, p: int, scratch: Scratch) -> Array:
         result = scratch.array("sum", (p - o, *adapter.weight_shape[1:]))
@@ -180,6 +190,20 @@ def _plus_delta(start: Channels, adapter: Adapter, state: Tensors, live: _Site |
         return result
 
     return Channels(adapter.weight_shape, sums, step)
+
+
+def _with_columns(start: Channels, partial: Partial, state: Tensors, live: _Site | None) -> Channels:
+    """The folded weight ``start`` with the trained input channels in their places."""
+    trained = state[partial.tensor] if live is None else fold_rows(state[partial.tensor], live.new)
+    places = list(partial.channels)
+
+    def replaced(o: int, p: int, scratch: Scratch) -> Array:
+        result = scratch.array("replaced", (p - o, *partial.weight_shape[1:]))
+        np.copyto(result, start.rows(o, p, scratch))
+        result[:, places] = trained[o:p]
+        return result
+
+    return Channels(partial.weight_shape, replaced, start.step)
 
 
 def _add(result: Array, changes: Iterable[Array]) -> None:

@@ -1,4 +1,4 @@
-"""Class folders: one sub-folder of image files per class. Needs Pillow, the extra ``images``."""
+"""Folders of images: a sub-folder per class, or files without classes. Needs Pillow, the extra ``images``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ _SHOWN = 20  # problems listed in one message
 _log = logging.getLogger(__name__)
 
 
+def read_folder(
+    folder: Path, spec: InputSpec, class_names: Sequence[str]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
+    """`read_class_folders`, or where there are no sub-folders all images of ``folder``, sorted by name, and no labels.
+
+    Raises what `read_class_folders` raises.
+    """
+    if not spec.is_image or any(entry.is_dir() for entry in _visible(folder)):
+        return read_class_folders(folder, spec, class_names)
+    return _stacked(folder, _visible(folder), spec), None
+
+
 def read_class_folders(
     folder: Path, spec: InputSpec, class_names: Sequence[str]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -43,17 +55,27 @@ def read_class_folders(
 
     Names of sub-folders are class names; classes without a folder are allowed, hidden files are ignored.
 
-    Raises DataError listing the files that cannot be used, or the folders that name no class.
+    Raises DataError listing the files that cannot be used, or the folders that name no class; and for a model that
+    takes no images.
     """
+    if not spec.is_image:
+        raise DataError(
+            f"{folder} is a folder, and class folders hold images: the model takes signals of shape {spec.shape}; "
+            "give an .npz file with samples and labels"
+        )
     files = _files_by_class(folder, class_names)
+    stacked = _stacked(folder, [path for path, _ in files], spec)
+    return stacked, np.array([label for _, label in files], np.int64)
+
+
+def _stacked(folder: Path, paths: Sequence[Path], spec: InputSpec) -> npt.NDArray[np.uint8]:
+    """The images, (N, H, W, C), each read or named in one DataError for all."""
     problems: list[str] = []
-    images = [_read(path, folder, spec, problems) for path, _ in files]
+    images = [_read(path, folder, spec, problems) for path in paths]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise DataError(listed(f"images of {folder} cannot be used:", problems[:_SHOWN] + more))
-    channels, height, width = spec.shape
-    stacked = np.concatenate([np.empty((0, height, width, channels), np.uint8), *(i[np.newaxis] for i in images)])
-    return stacked, np.array([label for _, label in files], np.int64)
+    return np.concatenate([np.empty((0, *spec.raw_shape), np.uint8), *(i[np.newaxis] for i in images)])
 
 
 def _files_by_class(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -79,7 +101,6 @@ def _visible(folder: Path) -> list[Path]:
 
 def _read(path: Path, root: Path, spec: InputSpec, problems: list[str]) -> npt.NDArray[np.uint8]:
     """One image (H, W, C); what is wrong with it goes to ``problems``."""
-    channels, height, width = spec.shape
     name = path.relative_to(root)
     # realpath, because Path.resolve raises on a loop of links
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
@@ -91,7 +112,7 @@ def _read(path: Path, root: Path, spec: InputSpec, problems: list[str]) -> npt.N
             return _decode(path, spec)
         except DataError as err:
             problems.append(f"{name} {err}")
-    return np.zeros((height, width, channels), np.uint8)
+    return np.zeros(spec.raw_shape, np.uint8)
 
 
 def _decode(path: Path, spec: InputSpec) -> npt.NDArray[np.uint8]:

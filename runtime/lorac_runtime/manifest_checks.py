@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 
+from lorac_runtime.additions import addition_problems
 from lorac_runtime.delta import LAYOUTS, adapter_shapes
 from lorac_runtime.description import (
     BASE,
     BN_POLICIES,
+    INPUT_DTYPES,
     LOSSES,
     OPTIMIZERS,
     ROLES,
     Adapter,
     InputSpec,
     Manifest,
+    Partial,
     TrainingDefaults,
 )
 from lorac_runtime.patch_checks import patch_problems, tflite_problems
 
+FRONT = ("onnxruntime", "prefix_step.onnx")  # the engine that takes features, and what computes them
 _OPTIONS_OF = {"adamw": ("betas", "eps", "amsgrad"), "sgd": ("momentum", "dampening", "nesterov")}
 
 
@@ -34,8 +38,12 @@ def contradictions(m: Manifest) -> list[str]:
             problems.append(f"{name}: {choice!r} is not one of {', '.join(allowed)}")
     for adapter in m.adapters:
         problems += _adapter_problems(adapter, shapes)
+    for partial in m.partials:
+        problems += _partial_problems(partial, shapes)
     problems += patch_problems(m.patches, m.files) + tflite_problems(m)
-    problems += _input_problems(m.input)
+    problems += [] if m.additions is None else addition_problems(m.additions)
+    problems += input_problems(m.input)
+    problems += _feature_problems(m)
     problems += [f"training.{text}" for text in training_problems(m.training)]
     if len(m.class_names) != m.output.classes:
         problems.append(f"class_names: {len(m.class_names)} names for {m.output.classes} classes")
@@ -59,9 +67,11 @@ def _adapter_problems(a: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[st
     where = f"adapters.{a.layer}"
     if a.layout not in LAYOUTS:
         return [f"{where}.layout: {a.layout!r} is not one of {', '.join(LAYOUTS)}"]
-    if len(a.weight_shape) not in (3, 4) or min(a.weight_shape) < 1 or a.r < 1 or a.rank < 1:
-        return [f"{where}: weight_shape, r and rank must be positive"]
-    shape_a, shape_b = adapter_shapes(a.weight_shape, a.rank)
+    if len(a.weight_shape) not in (2, 3, 4) or min(a.weight_shape) < 1 or a.r < 1 or a.rank < 1:
+        return [f"{where}: weight_shape (2 to 4 numbers), r and rank must be positive"]
+    if a.pairs < 1 or a.weight_shape[0] % a.pairs:
+        return [f"{where}.pairs: {a.pairs} pairs cannot share {a.weight_shape[0]} output channels"]
+    shape_a, shape_b = adapter_shapes(a.weight_shape, a.rank, a.pairs)
     problems = []
     for name, shape in ((a.lora_a, shape_a), (a.lora_b, shape_b)):
         if name in shapes and shapes[name] != shape:
@@ -70,16 +80,53 @@ def _adapter_problems(a: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[st
     return problems + [f"{where}: {name} is not among the trainables" for name in still]
 
 
-def _input_problems(spec: InputSpec) -> list[str]:
-    channels = spec.shape[0]
+def input_problems(spec: InputSpec) -> list[str]:
+    """What is wrong with the description of an input: the first contradiction, a line."""
+    if spec.dtype not in INPUT_DTYPES:
+        return [f"input.dtype: {spec.dtype!r} is not one of {', '.join(INPUT_DTYPES)}"]
+    if len(spec.shape) not in ((3,) if spec.is_image else (1, 2)):
+        axes = "(channels, height, width)" if spec.is_image else "(features,) or (channels, length)"
+        return [f"input.shape: {spec.shape} of {spec.dtype} {spec.key}, expected {axes}"]
     if any(d < 1 for d in spec.shape):
         return [f"input.shape: {spec.shape} must be positive"]
-    if len(spec.mean) != channels or len(spec.std) != channels:
-        return [f"input: mean and std need {channels} values each (one per channel)"]
+    if spec.in_graph and not spec.is_image:
+        return ["input.in_graph: only images are normalised inside of the graph"]
+    if len(spec.mean) != spec.channels or len(spec.std) != spec.channels:
+        return [f"input: mean and std need {spec.channels} values each (one per channel)"]
     numbers = (spec.scale, *spec.mean, *spec.std)
     if not all(math.isfinite(v) for v in numbers) or not all(s > 0 for s in (spec.scale, *spec.std)):
         return ["input: scale, mean and std must be finite numbers, scale and std positive"]
     return []
+
+
+def _partial_problems(p: Partial, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    where = f"partials.{p.layer}"
+    if len(p.weight_shape) not in (2, 3, 4) or min(p.weight_shape) < 1 or p.groups < 1:
+        return [f"{where}: weight_shape must be 2 to 4 positive numbers, groups at least 1"]
+    inside = bool(p.channels) and min(p.channels) >= 0 and max(p.channels) < p.weight_shape[1]
+    if not inside or sorted(set(p.channels)) != list(p.channels):
+        return [f"{where}.channels: must ascend within 0 to {p.weight_shape[1] - 1}, got {_few(p.channels)}"]
+    if p.tensor not in shapes:
+        return [f"{where}: {p.tensor} is not among the trainables"]
+    if shapes[p.tensor] != p.shape:
+        return [f"{where}: {p.tensor} has shape {shapes[p.tensor]}, expected {p.shape}"]
+    return []
+
+
+def _few(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "") if numbers else "none"
+
+
+def _feature_problems(m: Manifest) -> list[str]:
+    names = [feature.name for feature in m.features]
+    problems = [f"features: {name!r} is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"features: {m.input.name!r} is the name of the images"] if m.input.name in names else []
+    wrong = [feature for feature in m.features if any(size < 1 for size in feature.shape)]
+    problems += [f"features.{feature.name}: shape {feature.shape} must be positive" for feature in wrong]
+    engine, file = FRONT
+    if m.features and engine in m.engines and file not in m.engines[engine].files:
+        problems.append(f"engines.{engine}: features need {file}, which is not among its files")
+    return problems
 
 
 def training_problems(t: TrainingDefaults) -> list[str]:

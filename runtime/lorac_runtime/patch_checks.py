@@ -42,9 +42,8 @@ def tflite_problems(m: Manifest) -> list[str]:
     if not listed:
         return [f"tflite: {BASE_TFLITE} is not in files"]
     problems = _description_problems(m.tflite)
-    channels, height, width = m.input.shape
     for what, found, expected in (
-        ("input_shape", m.tflite.input_shape, (1, height, width, channels)),
+        ("input_shape", m.tflite.input_shape, (1, *m.input.channels_last)),
         ("output_shape", m.tflite.output_shape, (1, m.output.classes)),
     ):
         problems += [] if found == expected else [f"tflite.{what}: {found}, expected {expected}"]

@@ -39,16 +39,41 @@ class FusedFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """How a cache served a run (since it was resumed): look-ups that ``hits`` answered and ``misses`` did not, how many
+    of ``samples`` are ``stored`` in the end, in ``nbytes`` of at most ``budget`` bytes."""
+
+    hits: int
+    misses: int
+    stored: int
+    samples: int
+    nbytes: int
+    budget: int
+    fp16: bool
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the look-ups that were answered.
+
+        >>> CacheReport(hits=3, misses=1, stored=1, samples=1, nbytes=9, budget=9, fp16=False).hit_rate
+        0.75
+        """
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclasses.dataclass(frozen=True)
 class FinetuneReport:
     """A finished run. ``losses`` has a value per step.
 
     ``accuracy_before`` and ``_after`` are shares of the held-out images, ``loss_before`` and ``_after`` the mean loss
-    there; None where none were held out.
+    there; None where none were held out, the accuracies also where the data have no labels. Where nothing trained
+    there are no losses, and ``step_seconds`` is 0.
 
-    ``step_seconds`` is the median of the engine's steps. ``seconds`` is the whole run's time, resumed parts
-    included; ``fuse_seconds`` is what fusing took beside reading and writing the ``fused`` files. ``peak_memory_bytes``
-    is the process's peak resident memory, None where the system does not tell. ``run`` identifies artifact, data
-    and settings by hash and value: a run with an equal one would give the same result.
+    ``step_seconds`` is the median of the steps, from the images to the new weights. ``seconds`` is the whole run's
+    time, resumed parts included; ``fuse_seconds`` is what fusing took beside reading and writing the ``fused`` files.
+    ``peak_memory_bytes`` is the process's peak resident memory, None where the system does not tell. ``run`` identifies
+    artifact, data and settings by hash and value: a run with an equal one would give the same result. ``cache`` is
+    None where there was none.
     """
 
     engine: str
@@ -74,6 +99,7 @@ class FinetuneReport:
     versions: dict[str, str]
     run: dict[str, str]
     fused: tuple[FusedFile, ...] = ()
+    cache: CacheReport | None = None
 
     def to_json(self) -> str:
         """The report as text."""

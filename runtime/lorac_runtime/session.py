@@ -6,7 +6,9 @@ epoch, take the accuracy after, write adapter.safetensors, the fused files and r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import statistics
@@ -19,8 +21,9 @@ import numpy.typing as npt
 
 from lorac_runtime import resume
 from lorac_runtime.adapter import AdapterFile, load_adapter, save_adapter, to_manifest_coordinates
-from lorac_runtime.config import FORMATS, FinetuneConfig, Settings
-from lorac_runtime.data import LocalData, fingerprint, load_data, stratified_split
+from lorac_runtime.cache import FeatureCache, check_cache, open_cache
+from lorac_runtime.config import FORMATS, FinetuneConfig, Settings, settings_for
+from lorac_runtime.data import LocalData, fingerprint, load_data, split
 from lorac_runtime.engines import AUTO, Engine, open_engine
 from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
 from lorac_runtime.fused_files import add_formats, missing_formats, remove_others, write_fused
@@ -37,7 +40,17 @@ from lorac_runtime.report import (
     versions,
     write_report,
 )
-from lorac_runtime.training import Evaluation, History, OnProgress, Progress, Samples, diverged, evaluate, train_epoch
+from lorac_runtime.training import (
+    Evaluation,
+    History,
+    Inputs,
+    OnProgress,
+    Progress,
+    Samples,
+    diverged,
+    evaluate,
+    train_epoch,
+)
 
 __all__ = ["FinetuneConfig", "FinetuneReport", "Progress", "finetune"]
 
@@ -78,7 +91,8 @@ def finetune(
 ) -> FinetuneReport:
     """Fine-tune the model of a training artifact on local images; ``out`` gets adapter, fused files and report.
 
-    ``data`` is an .npz file (``images`` uint8, ``labels``) or a folder with one sub-folder of images per class.
+    ``data`` is an .npz file (``images`` uint8, ``labels``) or a folder with one sub-folder of images per class. Where
+    the artifact's loss is entropy, labels may be missing; those that are there are used for accuracies only.
     ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step.
 
     A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch, with another
@@ -98,25 +112,39 @@ def finetune(
     engine = open_engine(
         job.artifact, job.manifest, engine=config.engine, threads=config.threads, micro_batch=config.micro_batch
     )
-    history = _resumed_or_begun(engine, job, restart=config.restart)
-    started -= history.seconds
-    history = _trained(engine, job, history, on_progress=on_progress or _ignore)
-    return _written(engine, job, history, started=started)
+    cached = functools.partial(
+        open_cache, job.out, engine, job.manifest, job.training, budget=config.cache, fp16=config.cache_fp16
+    )
+    with contextlib.ExitStack() as held:
+        settled = job.manifest.bn_policy != "recalibrate"  # otherwise the frozen part changes before training
+        cache = held.enter_context(cached()) if settled else None
+        history = _resumed_or_begun(engine, job, _inputs(cache), restart=config.restart)
+        cache = cache if settled else held.enter_context(cached())
+        started -= history.seconds
+        history = _trained(engine, job, history, _inputs(cache), on_progress=on_progress or _ignore)
+        return _written(engine, job, history, cache, started=started)
+
+
+def _inputs(cache: FeatureCache | None) -> Inputs | None:
+    return None if cache is None else cache.inputs
 
 
 def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, adapter: Path | None) -> _Job:
     """All checks that need no engine."""
     manifest = load(artifact)
-    settings = config.resolved(manifest.training)
+    settings = settings_for(manifest, config)
     adapter = None if adapter is None else Path(adapter)
     for name in config.to:
         check_base(artifact, manifest, FORMATS[name])
     check_outputs(artifact, out, manifest, data=data, adapter=adapter, to=config.to)
     verify_files(artifact, manifest)
-    local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names)
+    required = 2 if manifest.needs_labels else 0
+    local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names, require_classes=required)
+    if config.cache is not None:
+        check_cache(manifest, config.engine, len(local), budget=config.cache, fp16=config.cache_fp16)
     own = load_adapter(artifact / ADAPTER)
     file = own if adapter is None else _other_start(manifest, adapter)
-    train, held = stratified_split(local.labels, settings.val_fraction, settings.seed)
+    train, held = split(local, settings.val_fraction, settings.seed)
     samples = Samples(local, train, manifest.input, settings.batch_size, merge_single=manifest.bn_policy == "batch")
     return _Job(
         artifact=artifact,
@@ -127,7 +155,7 @@ def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, 
         held_out=dataclasses.replace(samples, index=held, merge_single=False),
         start=to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), file),
         metadata=_metadata(manifest, own.metadata),
-        run=_identity(artifact, local, settings, adapter),
+        run=_identity(artifact, local, settings, adapter) | ({"cache_fp16": "True"} if config.cache_fp16 else {}),
         to=config.to,
     )
 
@@ -175,7 +203,7 @@ def _finished(job: _Job, engine: str) -> FinetuneReport | None:
     return add_formats(job.artifact, job.out, job.manifest, report, missing) if missing else report
 
 
-def _resumed_or_begun(engine: Engine, job: _Job, *, restart: bool) -> History:
+def _resumed_or_begun(engine: Engine, job: _Job, inputs: Inputs | None, *, restart: bool) -> History:
     history = None if restart else resume.load(job.out, engine, job.run)
     if history is not None:
         log.info("resuming after epoch %d of %d", history.epoch, job.settings.epochs)
@@ -187,36 +215,41 @@ def _resumed_or_begun(engine: Engine, job: _Job, *, restart: bool) -> History:
         raise AdapterError(str(err)) from err
     if not len(job.held_out):
         log.info("no images are held out: there will be no accuracies")
-    before = evaluate(engine, job.probe)
+    elif job.training.data.labels is None:
+        log.info("the data have no labels: there will be no accuracies")
+    before = evaluate(engine, job.probe, inputs)
     if not math.isfinite(before.loss):
         raise ArtifactError(
             f"the loss is {before.loss} before any training: the base, or the adapter it starts from, is not sound"
         )
     if job.manifest.bn_policy == "recalibrate":
-        engine.recalibrate(job.training.load(batch)[0] for batch in job.training.batches())
+        engine.recalibrate(job.training.images(batch) for batch in job.training.batches())
     return History(before=before)
 
 
-def _trained(engine: Engine, job: _Job, history: History, *, on_progress: OnProgress) -> History:
+def _trained(engine: Engine, job: _Job, history: History, inputs: Inputs | None, *, on_progress: OnProgress) -> History:
     """All epochs that are left, with a checkpoint after each."""
     settings = job.settings
     while history.epoch < settings.epochs:
-        history = train_epoch(engine, job.training, settings, history, on_progress=on_progress)
+        history = train_epoch(engine, job.training, settings, history, on_progress=on_progress, inputs=inputs)
         if not all(np.all(np.isfinite(value)) for value in engine.state().values()):
             raise DivergenceError(diverged(f"weights are not finite after epoch {history.epoch}", settings))
         resume.save(job.out, engine, job.run, history=history)
     return history
 
 
-def _written(engine: Engine, job: _Job, history: History, *, started: float) -> FinetuneReport:
+def _written(
+    engine: Engine, job: _Job, history: History, cache: FeatureCache | None, *, started: float
+) -> FinetuneReport:
     """Accuracy, files and report of a trained model; the report comes last and ends the run."""
-    after, state = evaluate(engine, job.probe), engine.state()
+    after, state = evaluate(engine, job.probe, _inputs(cache)), engine.state()
     if not math.isfinite(after.loss):
         raise DivergenceError(diverged(f"the loss is {after.loss} after the last step", job.settings))
     remove_others(job.out, job.to)
     save_adapter(job.out / ADAPTER, state, job.metadata)
     fused = write_fused(job.artifact, job.out, state, job.to)
     report = _report(engine, job, history, after=after, fused=fused, seconds=time.perf_counter() - started)
+    report = report if cache is None else dataclasses.replace(report, cache=cache.report())
     write_report(job.out, report)
     resume.discard(job.out)
     _warn(report)
@@ -241,7 +274,7 @@ def _report(
         epoch_losses=history.epoch_losses,
         train_images=len(job.training),
         val_images=len(job.held_out),
-        step_seconds=statistics.median(history.step_seconds),
+        step_seconds=statistics.median(history.step_seconds or (0.0,)),
         seconds=seconds,
         fuse_seconds=sum(file.compute_seconds for file in fused),
         peak_memory_bytes=peak_memory_bytes(),
@@ -256,7 +289,7 @@ def _report(
 
 
 def _warn(report: FinetuneReport) -> None:
-    if report.epoch_losses[-1] > report.epoch_losses[0]:
+    if report.epoch_losses and report.epoch_losses[-1] > report.epoch_losses[0]:
         first, last = report.epoch_losses[0], report.epoch_losses[-1]
         log.warning("the loss rose from %.3g in the first epoch to %.3g: try a lower lr", first, last)
     before, after = report.accuracy_before, report.accuracy_after

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,10 @@ OnProgress = Callable[[Progress], None]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Mean loss, and the share of images that were classified rightly."""
+    """Mean loss, and the share of images that were classified rightly; None without labels."""
 
     loss: float
-    accuracy: float
+    accuracy: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,27 +106,47 @@ class Samples:
             starts.pop()
         return [index[a:b] for a, b in zip(starts, [*starts[1:], len(index)], strict=True)]
 
-    def load(self, batch: Indices) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """(images as the model takes them, labels) of a batch."""
-        return preprocess(self.data.images[batch], self.spec), self.data.labels[batch]
+    def images(self, batch: Indices) -> npt.NDArray[Any]:
+        """Those of a batch, as the model takes them."""
+        return preprocess(self.data.images[batch], self.spec)
+
+    def labels(self, batch: Indices) -> npt.NDArray[np.int64] | None:
+        """Those of a batch; None where the data have none."""
+        return None if self.data.labels is None else self.data.labels[batch]
 
 
-def evaluate(engine: Engine, samples: Samples) -> Evaluation:
+Inputs = Callable[[Samples, Indices], Mapping[str, npt.NDArray[Any]]]  # what a step takes for a batch of samples
+
+
+def computed(engine: Engine) -> Inputs:
+    """Inputs that the engine computes from the images each time that they are asked for."""
+    return lambda samples, batch: engine.inputs(samples.images(batch))
+
+
+def evaluate(engine: Engine, samples: Samples, inputs: Inputs | None = None) -> Evaluation:
     """How the engine's model does on some samples, at least one, as it stands; changes nothing."""
+    inputs = inputs or computed(engine)
     loss, right = 0.0, 0
     for batch in samples.batches():
-        images, labels = samples.load(batch)
-        batch_loss, logits = engine.eval_step(images, labels)
+        labels = samples.labels(batch)
+        batch_loss, logits = engine.eval_step(inputs(samples, batch), labels)
         loss += batch_loss * len(batch)
-        right += int(np.count_nonzero(logits.argmax(axis=1) == labels))
-    return Evaluation(loss / len(samples), right / len(samples))
+        right += 0 if labels is None else int(np.count_nonzero(logits.argmax(axis=1) == labels))
+    return Evaluation(loss / len(samples), None if samples.data.labels is None else right / len(samples))
 
 
 def train_epoch(
-    engine: Engine, samples: Samples, settings: Settings, history: History, *, on_progress: OnProgress
+    engine: Engine,
+    samples: Samples,
+    settings: Settings,
+    history: History,
+    *,
+    on_progress: OnProgress,
+    inputs: Inputs | None = None,
 ) -> History:
     """One pass over the samples, in an order that depends on seed and epoch alone; returns the longer history.
 
+    ``inputs`` None computes what the engine takes anew for each batch.
     Raises DivergenceError as soon as a loss is not finite.
     """
     order = np.random.default_rng([settings.seed, history.epoch]).permutation(len(samples))
@@ -136,7 +156,7 @@ def train_epoch(
     durations: list[float] = []
     for step, batch in enumerate(batches, start=history.epoch * len(batches)):
         lr = one_cycle(step, steps, peak=settings.lr, warmup=settings.warmup)
-        loss, duration = _timed_step(engine, samples, batch, lr)
+        loss, duration = _timed_step(engine, samples, batch, lr, inputs or computed(engine))
         if not math.isfinite(loss):
             raise DivergenceError(diverged(f"the loss became {loss} in step {step + 1} of {steps}", settings))
         losses.append(loss)
@@ -161,11 +181,10 @@ def diverged(what: str, settings: Settings) -> str:
     )
 
 
-def _timed_step(engine: Engine, samples: Samples, batch: Indices, lr: float) -> tuple[float, float]:
-    """(loss, seconds of the engine's step; preparing the images is not counted)."""
-    images, labels = samples.load(batch)
+def _timed_step(engine: Engine, samples: Samples, batch: Indices, lr: float, inputs: Inputs) -> tuple[float, float]:
+    """(loss, seconds from the images to the new weights)."""
     started = time.perf_counter()
-    loss = engine.train_step(images, labels, lr)
+    loss = engine.train_step(inputs(samples, batch), samples.labels(batch), lr)
     return loss, time.perf_counter() - started
 
 

@@ -100,7 +100,7 @@ def test_an_environment_with_other_versions_than_its_name_says_is_told(name: str
 
 def test_the_cases_run_every_kind_of_step_graph() -> None:
     assert {case.config.training.optimizer for case in CASES} == {"adamw", "sgd"}
-    assert {case.config.bn_policy for case in CASES} == {"frozen", "batch"}
+    assert {case.config.policy for case in CASES} == {"frozen", "batch"}
     assert {case.config.engine for case in CASES} == {"onnxruntime"}
     assert any("--micro-batch" in case.options for case in CASES)
     assert len({case.name for case in CASES}) == len(CASES)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorac_runtime.data import LocalData, fingerprint, load_data, preprocess, stratified_split
+from lorac_runtime.data import LocalData, fingerprint, load_data, preprocess, split, stratified_split
 from lorac_runtime.errors import DataError
 from lorac_runtime.manifest import InputSpec
 
@@ -307,7 +307,7 @@ def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
     ("labels", "fraction", "needed"), [([0, 0], 0.2, 3), ([0, 1, 2, 3], 0.5, 2), ([0, 0, 1, 1], 0.01, 50), ([], 0.2, 3)]
 )
 def test_data_too_small_to_hold_anything_out_are_refused(labels: Sequence[int], fraction: float, needed: int) -> None:
-    with pytest.raises(DataError, match=f"at least {needed} images, two of them of the same class"):
+    with pytest.raises(DataError, match=f"at least {needed} samples, two of them of the same class"):
         stratified_split(np.array(labels, np.int64), fraction, 0)
     enough = np.zeros(needed, np.int64)
     assert len(stratified_split(enough, fraction, 0)[1]) == 1
@@ -465,3 +465,71 @@ except DataError as err:
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
     assert "pip install pillow" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_labels_may_be_missing_where_none_are_needed(tmp_path: Path) -> None:
+    images = pixels(3, 4, 5, 3)
+    found = load(npz(tmp_path, images=images), require_classes=0)
+    np.testing.assert_array_equal(found.images, images)
+    assert (found.labels, len(found)) == (None, 3)
+    with pytest.raises(DataError, match="3 samples without labels"):
+        found.known_labels()
+    given = load(npz(tmp_path, images=images, labels=[0, 0, 0]), require_classes=0)  # one class teaches nothing wrong
+    np.testing.assert_array_equal(given.known_labels(), [0, 0, 0])
+
+
+def test_missing_labels_are_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    text = refusal(npz(tmp_path, images=pixels(3, 4, 5, 3)))
+    assert "has no labels, only ['images']; save it with numpy.savez(path, images=..., labels=...)" in text
+    assert "methods tent and recalibrate" in text
+    for name in "ab":
+        picture(tmp_path / "photos" / f"{name}.png")
+    text = refusal(tmp_path / "photos")
+    assert "holds 2 images without labels" in text
+    assert "into a sub-folder with the name of the class" in text
+
+
+@pytest.mark.parametrize(("labels", "words"), [([0, 3, 1], "must be 0 to 2"), ([0, 1], "3 images but 2 labels")])
+def test_labels_that_are_there_are_checked_even_where_none_are_needed(
+    tmp_path: Path, labels: list[int], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        load(npz(tmp_path, images=pixels(3, 4, 5, 3), labels=labels), require_classes=0)
+
+
+def test_a_flat_folder_holds_images_without_labels_sorted_by_name(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = pixels(3, 4, 5, 3)
+    for name, image in zip("cab", images, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    found = load(tmp_path, require_classes=0)
+    np.testing.assert_array_equal(found.images, images[[1, 2, 0]])
+    assert found.labels is None
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"notes\.txt is not a readable image"):
+        load(tmp_path, require_classes=0)
+
+
+def test_class_folders_give_labels_even_where_none_are_needed(tmp_path: Path) -> None:
+    picture(tmp_path / "bee" / "a.png")
+    assert load(tmp_path, require_classes=0).known_labels().tolist() == [1]
+
+
+def test_a_fingerprint_tells_images_with_labels_from_those_without() -> None:
+    images = pixels(2, 4, 5, 3)
+    found = {fingerprint(LocalData(images, labels)) for labels in (None, np.array([0, 0]), np.array([0, 1]))}
+    assert len(found) == 3
+
+
+def test_without_labels_the_split_is_random_and_repeatable() -> None:
+    data = LocalData(np.zeros((20, 1, 1, 1), np.uint8), None)
+    train, held = split(data, 0.25, 1)
+    assert (len(train), len(held)) == (15, 5)
+    assert sorted([*train, *held]) == list(range(20))
+    np.testing.assert_array_equal(split(data, 0.25, 1)[1], held)
+    assert not np.array_equal(split(data, 0.25, 2)[1], held)
+    assert [len(part) for part in split(data, 0.0, 1)] == [20, 0]
+    labelled = LocalData(data.images, np.arange(20) % 2)
+    np.testing.assert_array_equal(split(labelled, 0.25, 1)[1], stratified_split(np.arange(20) % 2, 0.25, 1)[1])

@@ -92,10 +92,60 @@ def test_factors_of_another_weight_are_refused(shape_a: tuple[int, int], shape_b
         delta(np.ones(shape_a), np.ones(shape_b), (4, 2, 3, 3), 1.0, "spatial")
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 3, 3, 3), ()])
-def test_only_convolutions_in_one_and_two_dimensions_have_adapters(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="3 or 4 dimensions"):
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 3, 3, 3), ()])
+def test_weights_of_other_layers_have_no_adapters(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"2, 3 or 4 dimensions, got shape \("):
         conv_dims(shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fully_connected_layer_is_a_convolution_of_one_tap(layout: str) -> None:
+    a, b = factors((4, 3), 2, 0)
+    flat = delta(a, b, (4, 3), 2.0, layout)
+    np.testing.assert_array_equal(flat, delta(a, b, (4, 3, 1, 1), 2.0, layout)[:, :, 0, 0])
+    np.testing.assert_allclose(flat, 2.0 * b @ a)
+    assert adapter_rank(4, (64, 32), "rk") == adapter_rank(4, (64, 32), "r") == 4
+
+
+def pair_by_pair(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], layout: str, pairs: int) -> np.ndarray:
+    """Each pair makes the update of its own output channels, as if they were a layer."""
+    share, rows, rank = shape[0] // pairs, len(b) // pairs, b.shape[1]
+    parts = [
+        by_formula(a[p * rank : (p + 1) * rank], b[p * rows : (p + 1) * rows], (share, *shape[1:]), layout)
+        for p in range(pairs)
+    ]
+    return np.concatenate(parts)
+
+
+@given(
+    shape=WEIGHTS, pairs=st.integers(1, 5), rank=st.integers(1, 4), layout=st.sampled_from(LAYOUTS), seed=st.integers()
+)
+def test_several_pairs_are_the_updates_of_their_own_channels(
+    shape: tuple[int, ...], pairs: int, rank: int, layout: str, seed: int
+) -> None:
+    whole = (shape[0] * pairs, *shape[1:])
+    rng = np.random.default_rng(abs(seed))
+    a, b = (rng.normal(size=size) for size in adapter_shapes(whole, rank, pairs))
+    found = delta(a, b, whole, 0.5, layout, pairs=pairs)
+    np.testing.assert_allclose(found, 0.5 * pair_by_pair(a, b, whole, layout, pairs), atol=1e-12)
+
+
+@pytest.mark.parametrize(("c_out", "c_in", "k", "r"), [(64, 64, 3, 1), (64, 64, 3, 2), (128, 64, 5, 4), (10, 6, 3, 64)])
+def test_a_pair_for_each_kernel_has_as_many_parameters_as_the_paper_says(c_out: int, c_in: int, k: int, r: int) -> None:
+    shape = (c_out, c_in, k, k)
+    assert adapter_size(shape, r, c_out) == c_out * (c_in * r * k + r * k)
+    assert is_smaller_than_weight(shape, r, c_out) == (r < k)
+
+
+@pytest.mark.parametrize("pairs", [0, -1, 3, 8])
+def test_pairs_must_share_the_output_channels_evenly(pairs: int) -> None:
+    with pytest.raises(ValueError, match=f"{pairs} pairs of factors cannot share 4 output channels"):
+        adapter_shapes((4, 2, 3, 3), 1, pairs)
+
+
+def test_factors_of_another_number_of_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected \(4 \* rank, 6\) and \(12, rank\)"):
+        delta(np.ones((2, 6)), np.ones((12, 2)), (4, 2, 3, 3), 1.0, "spatial", pairs=4)
 
 
 @given(shape=WEIGHTS, r=st.integers(1, 40), mode=st.sampled_from(["rk", "r"]))

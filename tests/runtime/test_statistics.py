@@ -56,7 +56,7 @@ def test_a_trained_bias_and_shift_move_as_their_unfolded_selves() -> None:
     new = old | {"bn.running_mean": new_mean, "bn.running_var": new_var}
     g, new_g = gamma / np.sqrt(var + 1e-5), gamma / np.sqrt(new_var + 1e-5)
     folded = {"c.weight": weight * g[:, None, None, None], "c.bias": (bias - mean) * g + beta, "other": weight}
-    found = moved_trained(SimpleNamespace(adapters=()), BN, folded, old=old, new=new)
+    found = moved_trained(SimpleNamespace(adapters=(), partials=()), BN, folded, old=old, new=new)
     assert found.keys() == {"c.weight", "c.bias"}
     np.testing.assert_allclose(found["c.weight"], weight * new_g[:, None, None, None], rtol=1e-5)
     np.testing.assert_allclose(found["c.bias"], (bias - new_mean) * new_g + beta, rtol=1e-4, atol=1e-6)

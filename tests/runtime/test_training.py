@@ -31,7 +31,8 @@ def test_batches_hold_every_sample_once(count: int, batch_size: int, merge_singl
 
 
 def test_a_batch_is_preprocessed_beside_its_labels() -> None:
-    images, labels = made(5, 2, merge_single=False).load(np.array([3, 1]))
+    samples = made(5, 2, merge_single=False)
+    images, labels = samples.images(np.array([3, 1])), samples.labels(np.array([3, 1]))
     assert images.ravel().tolist() == [5.0, 1.0]
     assert labels.tolist() == [3, 1]
 

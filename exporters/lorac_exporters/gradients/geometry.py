@@ -52,6 +52,15 @@ class Geometry:
             out_size=sizes(y, 2),
         )
 
+    @classmethod
+    def without_axes(cls, c_in: int, c_out: int) -> Geometry:
+        """A fully connected layer: one tap, and no axis to move it along.
+
+        >>> Geometry.without_axes(8, 4).rank, Geometry.without_axes(8, 4).taps
+        (0, 1)
+        """
+        return cls(c_in, c_out, 1, (), (), (), (), (), (), ())
+
     @property
     def rank(self) -> int:
         """Number of spatial axes."""
@@ -75,7 +84,7 @@ class Geometry:
     @property
     def strided(self) -> bool:
         """Whether any stride is larger than one."""
-        return max(self.strides) > 1
+        return max(self.strides, default=1) > 1
 
     @property
     def pointwise(self) -> bool:

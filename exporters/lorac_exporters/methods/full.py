@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight, or every weight of some blocks."""
+"""Full fine-tuning: every weight, or every weight of some blocks (TBFT, arXiv 2403.15905)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from lorac_exporters.blocks import inside
 from lorac_exporters.methods import parts
 from lorac_exporters.methods.method import Method
 from lorac_exporters.plan import LoraConfig, Network, Plan, layer_of
+from lorac_exporters.stages import WORDS
 
 
 def plan_full(network: Network, config: LoraConfig) -> Plan:
@@ -24,4 +25,20 @@ def plan_full(network: Network, config: LoraConfig) -> Plan:
     return Plan("full", (), tuple(trainables), parts.frozen(network, config, trainables, "cannot train"))
 
 
-METHODS = (Method("full", "every weight and bias", plan_full, frozenset({"blocks"})),)
+def plan_blocks(network: Network, config: LoraConfig) -> Plan:
+    """Every parameter of ``config.blocks`` and nothing else: target block fine-tuning (TBFT, arXiv 2403.15905).
+
+    Raises ValueError without blocks, or if one of them names no layer that could train.
+    """
+    if not config.blocks:
+        raise ValueError(
+            f"method blocks trains the layers of the blocks that you choose, and none was given: choose of "
+            f"{', '.join(WORDS)} and names of layers; method full trains all"
+        )
+    return plan_full(network, config)
+
+
+METHODS = (
+    Method("full", "every weight and bias", plan_full, frozenset({"blocks"})),
+    Method("blocks", "every weight and bias of the blocks that --blocks names", plan_blocks, frozenset({"blocks"})),
+)

@@ -12,9 +12,10 @@ OUTSIDE = "outside of the trained blocks"
 
 
 def check_blocks(network: Network, config: LoraConfig, *more: Trainable) -> None:
-    """Raise ValueError if one of ``config.blocks`` names no layer that could train; ``more`` are tensors besides."""
+    """Raise ValueError if one of ``config.blocks`` names no layer of ``network``; ``more`` are tensors besides."""
     layers = [layer.name for layer in network.body] + [layer_of(t.name) for t in more]
-    require_blocks(config.blocks, [*layers, network.head])
+    others = {name for name, _ in network.order} - {*layers}  # of stages, beside what the method could train
+    require_blocks(tuple(block for block in config.blocks if block not in others), [*layers, network.head])
 
 
 def usable(layers: Iterable[Layer], config: LoraConfig) -> list[Layer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorac_exporters.tflite.config import TfliteConfig
 from lorac_exporters.tflite.export import TfliteReport, export, ranges_of
+from lorac_exporters.tflite_config import TfliteConfig
 
 __all__ = ["TfliteConfig", "TfliteReport", "export", "ranges_of"]

@@ -15,11 +15,11 @@ from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import InputSpec
 
 Array = npt.NDArray[Any]
-Images = npt.NDArray[np.uint8]
+Images = npt.NDArray[Any]  # raw: uint8 images (n, height, width, channels), or float32 signals (n, ...)
 
 
 class TfliteAnswers:
-    """Call it with raw images, uint8 (n, height, width, channels): returns each output, float32, by its signature name.
+    """Call it with raw images or signals (n, ...): returns each output, float32, by its signature name.
 
     Raises ConversionError if no TFLite runtime is installed, ArtifactError if it refuses the file.
     """
@@ -50,7 +50,8 @@ class TfliteAnswers:
 def model_input(images: Images, tensor: Tensor, spec: InputSpec) -> Array:
     """Raw images (n, height, width, channels) in the form that a file with this input ``tensor`` takes.
 
-    uint8: as they are, the file normalises them. float32: normalised. int8: that, quantized.
+    uint8: as they are, the file normalises them. float32: normalised. int8: that, quantized. Signals (n, channels,
+    length) turn to channels last, too.
 
     >>> spec = InputSpec("x", (1, 1, 1), scale=0.5, mean=(1.0,), std=(2.0,))
     >>> model_input(np.array([[[[10]]]], np.uint8), Tensor("x", (1, 1, 1, 1)), spec)
@@ -59,7 +60,7 @@ def model_input(images: Images, tensor: Tensor, spec: InputSpec) -> Array:
     if tensor.dtype == "uint8":
         return images
     values = preprocess(images, spec)
-    values = values if spec.in_graph else values.transpose(0, 2, 3, 1)
+    values = values if spec.in_graph else np.moveaxis(values, 1, -1)
     if tensor.quantization is None:
         return np.ascontiguousarray(values, np.float32)
     return quantized(values, tensor.quantization)

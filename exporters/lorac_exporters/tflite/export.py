@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from lorac_exporters.preprocessing import add_preprocessing
 from lorac_exporters.tflite.calibrate import ranges as measured_ranges
-from lorac_exporters.tflite.config import IoDtype, TfliteConfig
 from lorac_exporters.tflite.half import to_half
 from lorac_exporters.tflite.io_types import set_io_types
 from lorac_exporters.tflite.lower import lower
@@ -27,13 +26,14 @@ from lorac_exporters.tflite.patches import unpatchable
 from lorac_exporters.tflite.quantize import quantize
 from lorac_exporters.tflite.schema import from_bytes, save
 from lorac_exporters.tflite.versions import settle
+from lorac_exporters.tflite_config import IoDtype, TfliteConfig
 from lorac_runtime.data import preprocess
 from lorac_runtime.errors import ArtifactError, ConversionError
 from lorac_runtime.manifest import InputSpec
 
 log = logging.getLogger(__name__)
 Ranges = Mapping[str, tuple[float, float]]  # smallest and largest number of each activation, by name
-Calibration = npt.NDArray[np.uint8] | Ranges
+Calibration = npt.NDArray[Any] | Ranges
 RANGES = "lorac.ranges"  # the metadata buffer that keeps them: exactly, which scales and zero points would not
 
 
@@ -86,8 +86,8 @@ def export(
     """Write a canonical graph (`canonicalize`, or base.onnx as it is) to a .tflite file; ``path`` appears whole.
 
     ``spec`` says how images become the model's input, ``class_names`` are its labels, ``name`` is for people; the
-    file's metadata hold all three. ``calibration``, for int8: raw images, uint8 (N, height, width, channels), or the
-    `ranges_of` another int8 file of the same network.
+    file's metadata hold all three. ``calibration``, for int8: raw images, uint8 (N, height, width, channels), signals,
+    float32 (N, ...), or the `ranges_of` another int8 file of the same network.
 
     Raises ConversionError naming every operator that cannot be written; OutputError if ``path`` cannot be.
 
@@ -189,14 +189,13 @@ def _ranges(network: Network, spec: InputSpec, calibration: Calibration) -> Rang
     """Measured on images, unless ranges were given."""
     if isinstance(calibration, Mapping):
         return calibration
-    channels, height, width = spec.shape
-    if calibration.dtype != np.uint8 or calibration.shape[1:] != (height, width, channels):
+    if calibration.dtype != spec.dtype or calibration.shape[1:] != spec.raw_shape:
+        expected = ", ".join(str(size) for size in spec.raw_shape)
         raise ConversionError(
-            f"calibration images are {calibration.dtype} {calibration.shape}, expected uint8 "
-            f"(N, {height}, {width}, {channels})"
+            f"calibration {spec.key} are {calibration.dtype} {calibration.shape}, expected {spec.dtype} (N, {expected})"
         )
     values = preprocess(calibration, spec)
-    return measured_ranges(network, values if spec.in_graph else np.ascontiguousarray(values.transpose(0, 2, 3, 1)))
+    return measured_ranges(network, values if spec.in_graph else np.ascontiguousarray(np.moveaxis(values, 1, -1)))
 
 
 def _to_int8(network: Network, config: TfliteConfig, found: Ranges) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from lorac_exporters.graph_tools import unique_name
-from lorac_exporters.tflite.config import IoDtype
 from lorac_exporters.tflite.network import Network, Operator, Quantization, Tensor
+from lorac_exporters.tflite_config import IoDtype
 from lorac_runtime.errors import ConversionError
 
 UNSIGNED = 128  # uint8 is int8 with its zero point moved by this

@@ -21,6 +21,8 @@ METADATA = "TFLITE_METADATA"
 MIN_RUNTIME = "min_runtime_version"
 LABELS = "labels.txt"
 _MIN_RUNTIME_BYTES = 16
+_IMAGE = "image, normalised as (pixel - mean) / std; pixels are 0 to 255"
+_SIGNAL = "signal, normalised as (value - mean) / std, channels last"
 _DAMAGE = (struct.error, IndexError, TypeError, ValueError, OverflowError)
 
 
@@ -102,7 +104,7 @@ def _labels(output: Tensor, class_names: Sequence[str]) -> bytes:
 
 def _model(network: Network, spec: InputSpec, name: str) -> dict[str, Any]:
     graph = {
-        "input_tensor_metadata": [_image(network.input_keys[0], spec), *_plain(network.input_keys[1:])],
+        "input_tensor_metadata": [_input(network.input_keys[0], spec), *_plain(network.input_keys[1:])],
         "output_tensor_metadata": [_scores(network), *_plain(network.output_keys[1:])],
     }
     return {
@@ -112,20 +114,23 @@ def _model(network: Network, spec: InputSpec, name: str) -> dict[str, Any]:
     }
 
 
-def _image(key: str, spec: InputSpec) -> tuple[str, dict[str, Any]]:
-    channels, height, width = spec.shape
-    mean, std = ((0.0,) * channels, (1.0,) * channels) if spec.in_graph else _raw_units(spec)
-    size = ("ImageSize", {"width": width, "height": height})
-    color_space = schema_metadata.COLOR_SPACES.get(channels, 0)
-    image = ("ImageProperties", {"color_space": color_space, "default_size": size})
+def _input(key: str, spec: InputSpec) -> tuple[str, dict[str, Any]]:
+    mean, std = ((0.0,) * spec.channels, (1.0,) * spec.channels) if spec.in_graph else _raw_units(spec)
     normalization = ("NormalizationOptions", {"mean": list(mean), "std": list(std)})
     fields = {
         "name": key,
-        "description": "image, normalised as (pixel - mean) / std; pixels are 0 to 255",
-        "content": ("Content", {"content_properties": image}),
+        "description": _IMAGE if spec.is_image else _SIGNAL,
+        "content": ("Content", {"content_properties": _image(spec) if spec.is_image else ("FeatureProperties", {})}),
         "process_units": [("ProcessUnit", {"options": normalization})],
     }
     return "TensorMetadata", fields
+
+
+def _image(spec: InputSpec) -> tuple[str, dict[str, Any]]:
+    channels, height, width = spec.shape
+    size = ("ImageSize", {"width": width, "height": height})
+    color_space = schema_metadata.COLOR_SPACES.get(channels, 0)
+    return "ImageProperties", {"color_space": color_space, "default_size": size}
 
 
 def _raw_units(spec: InputSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorac_exporters.tflite.config import Weights
 from lorac_exporters.tflite.network import Network
 from lorac_exporters.tflite.schema import from_bytes
+from lorac_exporters.tflite_config import Weights
 from lorac_runtime.errors import ArtifactError
 
 

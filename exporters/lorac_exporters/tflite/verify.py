@@ -18,7 +18,7 @@ from lorac_exporters.references import (
     is_entry,
     no_adapter,
     patches_of,
-    random_images,
+    random_raw,
     run_onnx,
     unfused_logits,
 )
@@ -95,7 +95,7 @@ def _adapter_checks(fused: Path, folder: Path, manifest: mf.Manifest, adapter: P
 def _answers_check(fused: Path, folder: Path, manifest: mf.Manifest, state: State, seed: int) -> Check:
     """The fused file against the training graph with the adapter beside the weights, on random images."""
     exact = manifest.tflite is None or manifest.tflite.weights == "float32"
-    images = random_images(manifest.input, SAMPLES if exact else ROUNDED_SAMPLES, seed=seed)
+    images = random_raw(manifest.input, SAMPLES if exact else ROUNDED_SAMPLES, seed=seed)
     inputs = preprocess(images, manifest.input)
     try:
         got = answers(fused, images, manifest.input)

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lorac_runtime.engines.prefix import Prefix
 from lorac_runtime.errors import EngineError, listed
 from lorac_runtime.manifest import Manifest
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Batch = Array | Mapping[str, Array]  # images, or what `Engine.inputs` made of them
 
 AUTO = "auto"
 MODULES = {  # in order of preference
@@ -28,15 +30,24 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """A model that trains. ``images`` are a batch as the artifact's input spec says, ``labels`` (batch,) int64.
+    """A model that trains. Images are a batch as the artifact's input spec says, ``labels`` (batch,) int64, or None for
+    a loss that needs none (DataError for any other).
 
-    All verbs raise EngineError when the engine refuses, MemoryError when memory does not suffice.
+    A step takes images, or what `inputs` gives for them, which may be kept: it stays right as long as `prefix` has the
+    same key. All verbs raise EngineError when the engine refuses, MemoryError when memory does not suffice.
     """
 
     name: str
     version: str
 
-    def train_step(self, images: Array, labels: Labels, lr: float) -> float:
+    @property
+    def prefix(self) -> Prefix | None:
+        """What computes the features that steps start from; None where they start from the images."""
+
+    def inputs(self, images: Array) -> Mapping[str, Array]:
+        """What a step takes for these images, by name: features where there is a `prefix`, else the images."""
+
+    def train_step(self, batch: Batch, labels: Labels | None, lr: float) -> float:
         """One optimizer step with learning rate ``lr``; returns the loss before it.
 
         A loss that is not finite is returned without changing a weight; where the loss is finite and only its
@@ -44,7 +55,7 @@ class Engine(Protocol):
         that holds one position of a BN's input raises DataError: it has no variance.
         """
 
-    def eval_step(self, images: Array, labels: Labels) -> tuple[float, Floats]:
+    def eval_step(self, batch: Batch, labels: Labels | None) -> tuple[float, Floats]:
         """(mean loss, logits (batch, classes)) in evaluation mode; changes nothing."""
 
     def state(self) -> dict[str, Floats]:

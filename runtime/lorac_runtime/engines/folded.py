@@ -33,9 +33,11 @@ class FoldedBatchnorm:
         self._folder, self._manifest = folder, manifest
         self._trained = {t.name for t in manifest.trainables}
         self.tensors: dict[str, Floats] = {}
+        self._before: dict[str, Floats] = {}  # the original ones of those that train under their names
         if manifest.bn_policy == "recalibrate":
             whole = batchnorm_tensors(folder, manifest)
             self.tensors = {n: whole[n] for n in batchnorm_names(manifest) if n not in self._trained}
+            self._before = {n: whole[n] for n in batchnorm_names(manifest) if n in self._trained}
 
     def estimated(self, ort: Any, options: Any, batches: Iterable[Array], *, engine: str) -> dict[str, Floats]:
         """All BN tensors with the statistics of image batches. Changes nothing.
@@ -62,15 +64,16 @@ class FoldedBatchnorm:
     def moved(self, new: Mapping[str, Floats], trained: Mapping[str, Floats]) -> dict[str, Floats]:
         """The ``trained`` tensors that ``new`` BN tensors change, so that the unfolded network keeps its training."""
         values: dict[str, Floats] = {}
+        old, new = self._before | self.tensors, self._before | dict(new)
         for bn in self._manifest.batchnorms:
-            values |= statistics.moved_trained(self._manifest, bn, trained, old=self.tensors, new=new)
+            values |= statistics.moved_trained(self._manifest, bn, trained, old=old, new=new)
         return values
 
     def change(self, new: Mapping[str, Floats]) -> dict[str, Floats]:
         """Take over ``new`` BN tensors; returns what changes of the base with them, trained tensors left out."""
         if all(np.array_equal(value, new[name]) for name, value in self.tensors.items()):
             return {}
-        plain = dataclasses.replace(self._manifest, adapters=(), trainables=())
+        plain = dataclasses.replace(self._manifest, adapters=(), partials=(), trainables=())
         base, original = base_weights(self._folder, self._manifest), batchnorm_tensors(self._folder, self._manifest)
         folded = fused_weights(plain, base, new, original)
         self.tensors = {name: new[name].copy() for name in self.tensors}

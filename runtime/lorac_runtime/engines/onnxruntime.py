@@ -19,8 +19,10 @@ from lorac_runtime.engines import step_graph as sg
 from lorac_runtime.engines import training_state as ts
 from lorac_runtime.engines.carried import Carried, StepSession
 from lorac_runtime.engines.folded import FoldedBatchnorm
-from lorac_runtime.engines.native import PROVIDERS, frugal, return_freed_memory, session_options, translated
-from lorac_runtime.errors import CheckpointError, EngineError
+from lorac_runtime.engines.graph_files import GraphFiles
+from lorac_runtime.engines.native import return_freed_memory, translated
+from lorac_runtime.engines.prefix import Prefix
+from lorac_runtime.errors import CheckpointError, DataError, EngineError
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import ADAPTER, Manifest
 from lorac_runtime.patch import batchnorm_tensors
@@ -28,6 +30,7 @@ from lorac_runtime.patch import batchnorm_tensors
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Batch = Array | Mapping[str, Array]
 
 NAME = "onnxruntime"
 
@@ -43,12 +46,15 @@ def open(folder: Path, manifest: Manifest, *, threads: int | None, micro_batch: 
 
 
 class OnnxRuntime:
-    """`lorac_runtime.engines.Engine` on step graphs. Sessions hold all weights, so few are open at a time."""
+    """`lorac_runtime.engines.Engine` on step graphs. Sessions hold the weights, so few are open at a time.
+
+    Where the artifact has a frozen front, `prefix` runs that, and stays open beside the session that steps.
+    """
 
     name = NAME
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None, micro_batch: int | None) -> None:
-        if micro_batch is not None and manifest.bn_policy == "batch":
+        if micro_batch is not None and manifest.moving_statistics:
             raise EngineError(
                 "micro-batches do not go with BN policy 'batch': statistics are those of the whole batch. "
                 "Leave --micro-batch out, or export with another policy"
@@ -57,9 +63,9 @@ class OnnxRuntime:
         self._ort = wheel.load_inference()
         self.version = str(self._ort.__version__)
         self._folder, self._manifest, self._micro_batch = folder, manifest, micro_batch
-        self._threads = threads
+        self._files = GraphFiles(NAME, self._ort, folder, threads)
         self._sessions: dict[str, Any] = {}
-        self._replaced: dict[str, Floats] = {}  # frozen tensors with other values than in the artifact
+        self.prefix = Prefix(NAME, self._files, manifest, threads) if manifest.features else None
         self._batchnorm = FoldedBatchnorm(folder, manifest)
         self._layout = self._read_layout()
         start = self._start()
@@ -68,9 +74,15 @@ class OnnxRuntime:
         self._begin({n: start[n] for n in self._layout.tensors})
 
     def _read_layout(self) -> sg.Layout:
-        """From a graph that steps the optimizer, which is checked without the time that optimizing it takes."""
+        """From a graph that steps the optimizer, which is checked without the time that optimizing it takes.
+
+        Where nothing trains there is no such graph, and nothing carries over.
+        """
+        if not self._manifest.trainables:
+            return sg.Layout({}, (), ())
         name = sg.TRAIN if self._micro_batch is None else sg.OPTIMIZER
-        session = self._open(name, optimized=False)
+        session = self._files.open(name, optimized=False)
+        self._files.read_weights(session)
         layout = sg.read_layout(session, self._manifest, str(self._folder / name))
         sg.check(session, name, self._manifest, layout, where=str(self._folder / name))
         return layout
@@ -81,7 +93,7 @@ class OnnxRuntime:
         norms = batchnorm_tensors(folder, manifest)
         own = to_manifest_coordinates(manifest, norms, load_adapter(folder / ADAPTER))
         affine = [n for bn in manifest.batchnorms for n in (bn.weight, bn.bias)]
-        live = {n: norms[n] for n in affine} if manifest.bn_policy == "batch" else {}
+        live = {n: norms[n] for n in affine} if manifest.moving_statistics else {}
         return live | {n: v for n, v in own.items() if n not in self._batchnorm.tensors}
 
     def _begin(self, tensors: Mapping[str, Array]) -> None:
@@ -92,29 +104,43 @@ class OnnxRuntime:
         gradients = {n: np.zeros(shape, np.float32) for n, shape in layout.sizes([sg.PACKED_GRADIENT]).items()}
         self._gradients = Carried(self._ort, gradients if self._micro_batch else {})
 
-    def train_step(self, images: Array, labels: Labels, lr: float) -> float:
+    def inputs(self, images: Array) -> dict[str, Array]:
+        """See `Engine.inputs`."""
+        if self.prefix is not None:
+            return dict(self.prefix.features(images))
+        return {self._manifest.input.name: np.ascontiguousarray(images)}
+
+    def train_step(self, batch: Batch, labels: Labels | None, lr: float) -> float:
         """See `Engine.train_step`."""
-        if self._manifest.bn_policy == "batch":
+        inputs, count = self._taken_in(batch)
+        if self._manifest.moving_statistics:
             for bn in self._manifest.batchnorms:
-                statistics.samples(bn, len(images))
+                statistics.samples(bn, count)
         with np.errstate(over="ignore"):  # a rate beyond float32 is infinite, and makes itself felt
             rate = {sg.LR: np.array(lr, np.float32)}
         if self._micro_batch is not None:
-            return self._train_in_parts(images, labels, rate)
+            return self._train_in_parts(inputs, labels, count, rate)
         (session,) = self._opened(sg.TRAIN)
         with translated(NAME, "train"):
-            found = session.run(self._feeds(images, labels) | rate)
+            found = session.run(self._feeds(inputs, labels, slice(0, count)) | rate)
         return self._taken(found[sg.LOSS], found[sg.NORM])
 
-    def _train_in_parts(self, images: Array, labels: Labels, rate: dict[str, Array]) -> float:
+    def _taken_in(self, batch: Batch) -> tuple[dict[str, Array], int]:
+        """(inputs of a step, number of images)."""
+        inputs = dict(batch) if isinstance(batch, Mapping) else self.inputs(batch)
+        return inputs, len(next(iter(inputs.values())))
+
+    def _train_in_parts(
+        self, inputs: dict[str, Array], labels: Labels | None, count: int, rate: dict[str, Array]
+    ) -> float:
         gradient, optimizer = self._opened(sg.GRADIENT, sg.OPTIMIZER)
         for vector in self._gradients.values.values():
             vector[...] = 0
         loss = 0.0
         with translated(NAME, "train"):
-            for part in self._parts(len(images)):
-                share = len(images[part]) / len(images)
-                feeds = self._feeds(images[part], labels[part]) | {sg.WEIGHT: np.array(share, np.float32)}
+            for part in self._parts(count):
+                share = (part.stop - part.start) / count
+                feeds = self._feeds(inputs, labels, part) | {sg.WEIGHT: np.array(share, np.float32)}
                 loss += share * gradient.run(feeds)[sg.LOSS]
                 self._gradients.swap()
             return self._taken(loss, optimizer.run(rate)[sg.NORM] if math.isfinite(loss) else math.nan)
@@ -128,29 +154,31 @@ class OnnxRuntime:
         self._carried.swap()
         return loss
 
-    def eval_step(self, images: Array, labels: Labels) -> tuple[float, Floats]:
+    def eval_step(self, batch: Batch, labels: Labels | None) -> tuple[float, Floats]:
         """See `Engine.eval_step`."""
+        inputs, count = self._taken_in(batch)
         (session,) = self._opened(sg.EVAL)
         tensors = {n: self._carried.values[n] for n in self._layout.tensors}
         loss, logits = 0.0, []
-        for part in self._parts(len(images)):
+        for part in self._parts(count):
             with translated(NAME, "evaluate"):
-                found = session.run(
-                    [sg.LOSS, self._manifest.output.name], self._feeds(images[part], labels[part]) | tensors
-                )
-            loss += float(found[0]) * len(found[1]) / len(images)
+                found = session.run([sg.LOSS, self._manifest.output.name], self._feeds(inputs, labels, part) | tensors)
+            loss += float(found[0]) * len(found[1]) / count
             logits.append(found[1])
         return loss, logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def _parts(self, count: int) -> list[slice]:
         if self._micro_batch is None:
             return [slice(0, count)]
-        return [slice(start, start + self._micro_batch) for start in range(0, count, self._micro_batch)]
+        starts = range(0, count, self._micro_batch)
+        return [slice(start, min(start + self._micro_batch, count)) for start in starts]
 
-    def _feeds(self, images: Array, labels: Labels) -> dict[str, Array]:
-        feeds: dict[str, Array] = {self._manifest.input.name: np.ascontiguousarray(images)}
+    def _feeds(self, inputs: Mapping[str, Array], labels: Labels | None, part: slice) -> dict[str, Array]:
+        feeds = {name: np.ascontiguousarray(value[part]) for name, value in inputs.items()}
         if sg.has_labels(self._manifest):
-            feeds[sg.LABELS] = np.ascontiguousarray(labels, np.int64)
+            if labels is None:
+                raise DataError(f"the loss {self._manifest.training.loss} needs labels, and there are none")
+            feeds[sg.LABELS] = np.ascontiguousarray(labels[part], np.int64)
         return feeds
 
     def state(self) -> dict[str, Floats]:
@@ -175,8 +203,8 @@ class OnnxRuntime:
 
     def recalibrate(self, batches: Iterable[Array]) -> None:
         """See `Engine.recalibrate`."""
-        self._sessions.clear()
-        new = self._batchnorm.estimated(self._ort, self._options(), batches, engine=NAME)
+        self._close()
+        new = self._batchnorm.estimated(self._ort, self._files.options(), batches, engine=NAME)
         moved = self._batchnorm.moved(new, {t.name: self._carried.values[t.name] for t in self._manifest.trainables})
         self._replace(self._batchnorm.change(new))
         self._set(moved)
@@ -184,8 +212,13 @@ class OnnxRuntime:
     def _replace(self, frozen: Mapping[str, Floats]) -> None:
         """Give frozen tensors other values."""
         if frozen:
-            self._replaced |= frozen
-            self._sessions.clear()  # they hold the old ones
+            self._files.replaced |= frozen
+            self._close()  # sessions hold the old ones
+
+    def _close(self) -> None:
+        self._sessions.clear()
+        if self.prefix is not None:
+            self.prefix.close()
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -228,23 +261,9 @@ class OnnxRuntime:
         return [self._sessions[name] for name in names]
 
     def _checked(self, name: str) -> Any:
-        session = self._open(name)
+        session = self._files.open(name)
         sg.check(session, name, self._manifest, self._layout, where=str(self._folder / name))
         if name == sg.EVAL:
             return session
         scalars = [n for n in (sg.LOSS, sg.NORM) if n in sg.ports(session.get_outputs())]
         return StepSession(self._ort, session, (self._carried, self._gradients), scalars)
-
-    def _open(self, name: str, *, optimized: bool = True) -> Any:
-        """From the path, since the frozen weights lie in base.onnx beside it."""
-        options, path = self._options(), self._folder / name
-        if not optimized:
-            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        with translated(NAME, f"open {path}"):
-            if self._replaced and name != sg.OPTIMIZER:
-                values = [self._ort.OrtValue.ortvalue_from_numpy(v) for v in self._replaced.values()]
-                options.add_external_initializers(list(self._replaced), values)
-            return self._ort.InferenceSession(str(path), options, providers=list(PROVIDERS))
-
-    def _options(self) -> Any:
-        return frugal(session_options(self._ort, self._threads))

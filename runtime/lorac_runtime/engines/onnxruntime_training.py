@@ -20,13 +20,14 @@ from lorac_runtime.engines import training_state as ts
 from lorac_runtime.engines.folded import FoldedBatchnorm, batchnorm_names
 from lorac_runtime.engines.native import session_options, translated
 from lorac_runtime.engines.native_checkpoint import NativeCheckpoint
-from lorac_runtime.errors import CheckpointError, EngineError, listed
+from lorac_runtime.errors import CheckpointError, DataError, EngineError, listed
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import Manifest
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Batch = Array | Mapping[str, Array]
 
 NAME = "onnxruntime-training"
 CHECKPOINT = "checkpoint"
@@ -52,6 +53,7 @@ class OnnxRuntimeTraining:
     """`lorac_runtime.engines.Engine` on onnxruntime-training's `Module` and `Optimizer`."""
 
     name = NAME
+    prefix = None
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None) -> None:
         self._wheel = wheel.load()
@@ -95,15 +97,20 @@ class OnnxRuntimeTraining:
         if problems:
             raise EngineError(listed(f"the training files of {self._folder} do not fit its manifest:", problems))
 
-    def train_step(self, images: Array, labels: Labels, lr: float) -> float:
+    def inputs(self, images: Array) -> dict[str, Array]:
+        """See `Engine.inputs`."""
+        return {self._manifest.input.name: np.ascontiguousarray(images)}
+
+    def train_step(self, batch: Batch, labels: Labels | None, lr: float) -> float:
         """See `Engine.train_step`."""
-        batchnorms = self._manifest.batchnorms if self._manifest.bn_policy == "batch" else ()
+        images, labels = self._images(batch), _given(labels)
+        batchnorms = self._manifest.batchnorms if self._manifest.moving_statistics else ()
         counts = [statistics.samples(bn, len(images)) for bn in batchnorms]
         before = [self._get(bn.running_var) for bn in batchnorms]
         with translated(NAME, "train"):
             self._optimizer.set_learning_rate(lr)
             self._module.train()
-            loss = float(self._module(np.ascontiguousarray(images), labels)[0])
+            loss = float(self._module(images, labels)[0])
             if math.isfinite(loss):
                 self._optimizer.step()
             self._module.lazy_reset_grad()
@@ -113,11 +120,16 @@ class OnnxRuntimeTraining:
             self._set({bn.running_var: value})
         return loss
 
-    def eval_step(self, images: Array, labels: Labels) -> tuple[float, Floats]:
+    def _images(self, batch: Batch) -> Array:
+        inputs = batch if isinstance(batch, Mapping) else self.inputs(batch)
+        return inputs[self._manifest.input.name]
+
+    def eval_step(self, batch: Batch, labels: Labels | None) -> tuple[float, Floats]:
         """See `Engine.eval_step`."""
+        images, labels = self._images(batch), _given(labels)
         with translated(NAME, "evaluate"):
             self._module.eval()
-            loss, logits = self._module(np.ascontiguousarray(images), labels)
+            loss, logits = self._module(images, labels)
         return float(loss), logits
 
     def state(self) -> dict[str, Floats]:
@@ -128,7 +140,7 @@ class OnnxRuntimeTraining:
     def _held(self) -> list[str]:
         """Names of the state that lie in the native checkpoint."""
         manifest = self._manifest
-        norms = batchnorm_names(manifest) if manifest.bn_policy == "batch" else []
+        norms = batchnorm_names(manifest) if manifest.moving_statistics else []
         return list(dict.fromkeys([*self._trained, *fixed_tensors(manifest.adapters, manifest.trainables), *norms]))
 
     def load_state(self, tensors: Mapping[str, Array]) -> None:
@@ -189,8 +201,7 @@ class OnnxRuntimeTraining:
     def _make_a_step(self) -> None:
         """A step on blank images whose outcome does not matter."""
         spec = self._manifest.input
-        channels, height, width = spec.shape
-        blank = np.zeros((2, height, width, channels), np.uint8) if spec.in_graph else np.zeros((2, *spec.shape))
+        blank = np.zeros((2, *(spec.raw_shape if spec.in_graph else spec.shape)))
         with translated(NAME, "make a step"):
             self._module.train()
             self._module(blank.astype(np.uint8 if spec.in_graph else np.float32), np.zeros(2, np.int64))
@@ -207,10 +218,16 @@ class OnnxRuntimeTraining:
                 self._state.parameters[name] = np.ascontiguousarray(value)
 
 
+def _given(labels: Labels | None) -> Labels:
+    if labels is None:
+        raise DataError(f"the engine {NAME} has no loss without labels, and there are none")
+    return labels
+
+
 def _settable(manifest: Manifest) -> list[str]:
     """Tensors in the native checkpoint that this engine sets although no gradient reaches them."""
     fixed = list(fixed_tensors(manifest.adapters, manifest.trainables))
-    if manifest.bn_policy == "batch":
+    if manifest.moving_statistics:
         return fixed + batchnorm_names(manifest)
     folded = [n for bn in manifest.batchnorms for n in bn.folded_into]
     return fixed + folded if manifest.bn_policy == "recalibrate" else fixed

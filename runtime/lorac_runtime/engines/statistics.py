@@ -98,7 +98,8 @@ def _scaled_rows(manifest: Manifest, bn: BatchNorm) -> dict[str, int]:
     """The tensors that scale with the weight ``bn`` is folded into: name -> rows per output channel."""
     weight = bn.folded_into[0]
     adapters = (a for a in manifest.adapters if a.weight == weight)
-    return {weight: 1} | {a.lora_b: conv_dims(a.weight_shape)[2] for a in adapters}
+    partials = {p.tensor: 1 for p in manifest.partials if p.weight == weight}
+    return {weight: 1} | partials | {a.lora_b: conv_dims(a.weight_shape)[2] for a in adapters}
 
 
 def _scaled(tensor: Floats, factor: Array, affine: bool) -> Floats:

@@ -2,6 +2,7 @@
 
 ``train_step.onnx`` is a whole step; ``gradient_step.onnx`` and ``optimizer_step.onnx`` are its two halves, for batches
 in several pieces; ``eval_step.onnx`` gives loss and logits. Whatever has an output ``X.next`` is fed back as ``X``.
+Where a network has a frozen front, ``prefix_step.onnx`` computes its features, which the others take for images.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lorac_runtime.errors import EngineError, listed
 from lorac_runtime.manifest import Manifest, TrainingDefaults
 
 TRAIN, GRADIENT, OPTIMIZER, EVAL = "train_step.onnx", "gradient_step.onnx", "optimizer_step.onnx", "eval_step.onnx"
+PREFIX, WEIGHTS_FILE = "prefix_step.onnx", "weights.bin"
 LABELS, LR, STEP, WEIGHT = "labels", "lr", "step", "weight"
 LOSS, NORM, NEXT, PACKED_GRADIENT = "loss", "gradient_norm", ".next", "gradient"
 FLOAT, INT64, UINT8 = "tensor(float)", "tensor(int64)", "tensor(uint8)"
@@ -81,7 +83,7 @@ def _groups(text: str, trained: Mapping[str, Shape]) -> tuple[tuple[tuple[str, .
 
 def _running_statistics(manifest: Manifest) -> dict[str, Shape]:
     """What moves with every step beside the trained tensors, under the policy ``batch``."""
-    if manifest.bn_policy != "batch":
+    if not manifest.moving_statistics:
         return {}
     shapes = {p.tensor: p.shape for p in manifest.patches}
     channels = {bn: math.prod(shapes[bn.folded_into[1]]) for bn in manifest.batchnorms}
@@ -95,7 +97,15 @@ def ports(arguments: Iterable[Any]) -> Ports:
 
 def check(session: Any, name: str, manifest: Manifest, layout: Layout, *, where: str) -> None:
     """Raise EngineError listing every input and output of the graph ``name`` that is not what it should be."""
-    inputs, outputs = _expected(name, manifest, layout)
+    _check_ports(session, *_expected(name, manifest, layout), where=where)
+
+
+def check_prefix(session: Any, manifest: Manifest, *, where: str) -> None:
+    """The same of prefix_step.onnx."""
+    _check_ports(session, _images(manifest), _features(manifest), where=where)
+
+
+def _check_ports(session: Any, inputs: Ports, outputs: Ports, *, where: str) -> None:
     found = ports(session.get_inputs())
     problems = [f"input {n} is missing" for n in inputs if n not in found]
     problems += [f"input {n} is unknown" for n in found if n not in inputs]
@@ -149,14 +159,21 @@ def _next(inputs: Ports) -> Ports:
 
 
 def _data(manifest: Manifest) -> Ports:
-    spec = manifest.input
-    channels, height, width = spec.shape
-    found: Ports = {spec.name: (FLOAT, (None, *spec.shape))}
-    if spec.in_graph:
-        found = {spec.name: (UINT8, (None, height, width, channels))}
+    found = _features(manifest) or _images(manifest)
     return found | {LABELS: (INT64, (None,))} if has_labels(manifest) else found
+
+
+def _images(manifest: Manifest) -> Ports:
+    spec = manifest.input
+    if spec.in_graph:
+        return {spec.name: (UINT8, (None, *spec.raw_shape))}
+    return {spec.name: (FLOAT, (None, *spec.shape))}
+
+
+def _features(manifest: Manifest) -> Ports:
+    return {feature.name: (FLOAT, (None, *feature.shape)) for feature in manifest.features}
 
 
 def has_labels(manifest: Manifest) -> bool:
     """Whether the loss needs labels: that of entropy, for adapting without them, does not."""
-    return manifest.training.loss != "entropy"
+    return manifest.needs_labels

@@ -1,0 +1,160 @@
+"""The papers' comparisons on real data, on what two cores can do: each is a file for `lorac-deploy study`.
+
+A folder gets the data, the study's TOML file and its results; the TOML file can be run again, or changed, by
+`lorac-deploy study --config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cifar10 import DATA, OFFICIAL_TEST, images, pretrained_checkpoint
+from benchmarks.environment import environment
+from lorac_deploy.commands.study import main as study
+from lorac_deploy.study_data import vendor_split
+
+POOL = 5000  # training images that local data are drawn from
+CORRUPTIONS = ("gaussian_noise", "impulse_noise", "contrast", "jpeg_compression", "fog", "defocus_blur")
+DRIFTS = [f"{name}:5" for name in CORRUPTIONS]
+SHORT = {"epochs": 5}
+HEAD = {"lr": 0.01}  # a lone head learns too slowly at the rate that suits adapters
+VENDORS = ("microsoft", "samsung")
+Table = dict[str, Any]
+
+
+def blocks(work: Path, data: Path) -> Table:
+    """TBFT (arXiv 2403.15905): each block alone, at 10, 20 and 30 % of 3,333 images."""
+    named = [("front", "front"), ("middle", "middle"), ("layer3", "layer3")]
+    methods: list[Table] = [{"name": name, "method": "blocks", "blocks": [block]} for name, block in named]
+    methods += [{"method": "head", **HEAD}, {"method": "full"}]
+    grid = {"drifts": [*DRIFTS, "flip"], "sizes": [333, 667, 1000], "seeds": [0, 1], "training": SHORT}
+    return _cifar(work, data, "resnet20") | grid | {"methods": methods}
+
+
+def methods(work: Path, data: Path) -> Table:
+    """Every method: samples needed and costs, the five criteria of arXiv 2110.10969."""
+    return _cifar(work, data, "resnet20") | _every_method() | {"sizes": [100, 300, 1000]}
+
+
+def labels(work: Path, data: Path) -> Table:
+    """Every method with 0, 10, 20 and 40 % wrong labels."""
+    return _cifar(work, data, "resnet20") | _every_method() | {"wrong_labels": [0.0, 0.1, 0.2, 0.4]}
+
+
+def ranks(work: Path, data: Path) -> Table:
+    """LoRA-C (arXiv 2410.16954): rank and alpha, both layouts and both rank modes."""
+    made = [
+        {"name": f"r={r} alpha/r={ratio:g}", "method": "lora-c", "rank": r, "alpha": ratio * r}
+        for r in (1, 2, 4, 8, 16)
+        for ratio in (0.5, 1.0, 2.0, 4.0)
+    ]
+    made += [
+        {"name": f"r=4 {layout} {mode}", "method": "lora-c", "layout": layout, "rank_mode": mode}
+        for layout in ("spatial", "paper")
+        for mode in ("rk", "r")
+    ]
+    made += [{"name": "r=4 learnable alpha", "method": "lora-c", "learnable_alpha": True}]
+    made += [{"name": "r=4 frozen A", "method": "lora-c", "freeze_a": True}]
+    made += [{"name": "r=4 kernel-wise", "method": "lora-kernel", "small_layers": "adapter"}]
+    grid = {"drifts": ["gaussian_noise:5", "contrast:5"], "seeds": [0, 1], "training": SHORT}
+    return _cifar(work, data, "resnet20") | grid | {"methods": made}
+
+
+def deep(work: Path, data: Path) -> Table:
+    """LoRA-C against full and head on a ResNet-56."""
+    grid = {"drifts": DRIFTS[:4], "seeds": [0, 1], "training": SHORT}
+    return _cifar(work, data, "resnet56") | grid | {"methods": _three()}
+
+
+def icons(work: Path, data: Path) -> Table:
+    """Icons-50, a vendor held out: a CIFAR-10 network learns 50 kinds of icons from the other vendors."""
+    base = pretrained_checkpoint(work / "icons-base", "resnet20", data, classes=50)
+    drifts = []
+    for vendor in VENDORS:
+        others, held_out = vendor_split(data / "icons50_32x32.npz", vendor)
+        for name, part in ((vendor, others), (f"{vendor}-test", held_out)):
+            np.savez(work / f"{name}.npz", images=part.images, labels=part.labels)
+        drifts.append({"name": f"without {vendor}", "data": f"{vendor}.npz", "test": f"{vendor}-test.npz"})
+    first = {"checkpoint": base.name, "data": f"{VENDORS[0]}.npz", "test": f"{VENDORS[0]}-test.npz"}
+    grid = {"drifts": drifts, "sizes": [3000], "seeds": [0, 1], "training": {"epochs": 10}}
+    return first | grid | {"methods": _three()}
+
+
+def unlabelled(work: Path, data: Path) -> Table:
+    """Entropy minimisation and recalibrated batch normalisation, no labels used."""
+    made = [{"method": "recalibrate"}, {"method": "tent"}]
+    return _cifar(work, data, "resnet20") | {"drifts": DRIFTS, "seeds": [0, 1], "methods": made}
+
+
+STUDIES: dict[str, Callable[[Path, Path], Table]] = {
+    f.__name__: f for f in (blocks, methods, labels, ranks, deep, icons, unlabelled)
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare a study, run it, and note the environment beside its results."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks studies", description=__doc__)
+    summaries = "; ".join(f"{name}: {str(f.__doc__).splitlines()[0]}" for name, f in STUDIES.items())
+    p.add_argument("study", choices=tuple(STUDIES), help=summaries)
+    p.add_argument("--out", type=Path, required=True, help="folder of the study")
+    p.add_argument("--data", type=Path, default=DATA, help="data folder (default: beside the checkout)")
+    p.add_argument("--workers", type=int, default=2, help="processes at a time (default: %(default)s)")
+    args = p.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = args.out / f"{args.study}.toml"
+    config.write_text(as_toml(STUDIES[args.study](args.out, args.data)))
+    status = study(["--config", str(config), "--workers", str(args.workers)])
+    (args.out / args.study / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    return status
+
+
+def as_toml(table: Table) -> str:
+    """Plain data as TOML: methods become tables of an array, everything else stands on a line.
+
+    >>> print(as_toml({"sizes": [1], "methods": [{"method": "head", "lr": 0.01}]}), end="")
+    sizes = [1]
+    <BLANKLINE>
+    [[methods]]
+    method = "head"
+    lr = 0.01
+    """
+    lines = [f"{key} = {_value(value)}" for key, value in table.items() if key != "methods"]
+    for method in table["methods"]:
+        lines += ["", "[[methods]]", *(f"{key} = {_value(value)}" for key, value in method.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_value(v)}" for key, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value)
+
+
+def _every_method() -> Table:
+    made: list[Table] = [{"method": "lora-c"}, {"method": "lora-kernel", "rank": 1}, {"method": "lora-all"}]
+    made += [{"method": "full"}, {"method": "head", **HEAD}, {"method": "bias", **HEAD}, {"method": "bn", **HEAD}]
+    made += [{"name": f"block {b}", "method": "blocks", "blocks": [b]} for b in ("front", "middle", "rear")]
+    made += [{"method": "skip", **HEAD}, {"method": "attention"}, {"method": "paca"}]
+    return {"drifts": ["gaussian_noise:5", "contrast:5"], "seeds": [0, 1], "training": SHORT, "methods": made}
+
+
+def _three() -> list[Table]:
+    return [{"method": "lora-c"}, {"method": "full"}, {"method": "head", **HEAD}]
+
+
+def _cifar(work: Path, data: Path, model: str) -> Table:
+    """The pretrained network, a pool of training images and the official test images, in ``work``."""
+    if not (work / "pool.npz").is_file():
+        pixels, labels = images(data)
+        np.savez(work / "pool.npz", images=pixels[:POOL], labels=labels[:POOL])
+        np.savez(work / "test.npz", images=pixels[OFFICIAL_TEST:], labels=labels[OFFICIAL_TEST:])
+    base = pretrained_checkpoint(work / model, model, data)
+    return {"checkpoint": base.name, "data": "pool.npz", "test": "test.npz"}

@@ -1,0 +1,69 @@
+"""What a training artifact trains and how: its settings, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lorac_exporters.choices import (
+    ENGINE_CHOICES,
+    FORM_CHOICES,
+    TFLITE_CHOICES,
+    EngineChoice,
+    FormChoice,
+    TfliteChoice,
+)
+from lorac_exporters.methods import METHODS
+from lorac_exporters.plan import LoraConfig
+from lorac_runtime import manifest as mf
+from lorac_runtime.manifest_checks import training_problems
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtifactConfig:
+    """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields.
+
+    ``bn_policy`` None is the method's own (see `policy`). A method that needs a certain loss refuses another one in
+    ``training``. ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever that can train the model.
+    ``form`` is how that engine computes adapters: thin branches, updated weights, or for each layer what costs less
+    (``auto``). ``tflite`` says how base.tflite stores its weights; ``auto`` is float32, or no such file where TFLite
+    cannot do the model.
+
+    Raises ValueError for a value out of range.
+    """
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    method: str = "lora-c"
+    bn_policy: mf.BnPolicy | None = None
+    engine: EngineChoice = "auto"
+    form: FormChoice = "auto"
+    tflite: TfliteChoice = "auto"
+    training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+        METHODS[self.method].policy(self.bn_policy)
+        METHODS[self.method].loss_of(self.training.loss)
+        problems = [*training_problems(self.training), *_engine_problems(self.engine, self.training)]
+        if self.form not in FORM_CHOICES:
+            problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
+        if self.tflite not in TFLITE_CHOICES:
+            problems.append(f"tflite {self.tflite!r} is not one of {', '.join(TFLITE_CHOICES)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def policy(self) -> mf.BnPolicy:
+        """``bn_policy``, or the method's default."""
+        return METHODS[self.method].policy(self.bn_policy)
+
+
+def _engine_problems(choice: EngineChoice, training: mf.TrainingDefaults) -> list[str]:
+    """Settings that an engine asked for cannot offer, a line each."""
+    if choice not in ENGINE_CHOICES:
+        return [f"engine {choice!r} is not one of {', '.join(ENGINE_CHOICES)}"]
+    if choice in ("auto", "onnxruntime"):
+        return []
+    from lorac_exporters.training_ort import optimizer_problems
+
+    return optimizer_problems(training)
