@@ -100,6 +100,7 @@ def test_every_cell_of_the_grid_has_a_row_with_accuracies_and_costs(folder: Path
     assert {row.costs["trained_parameters"] for row in rows if row.method == "head"} == {96 * 3 + 3}
     learned = [row for row in rows if row.method == "full" and row.size == 40]
     assert all(row.drifted is not None and row.drifted > row.base_drifted + 0.2 for row in learned)
+    assert all([accuracy for _, accuracy in row.curve][-1] == row.drifted and len(row.curve) == 3 for row in rows)
 
 
 def test_a_rows_accuracy_is_that_of_the_fused_file_on_the_drifted_test_samples(folder: Path) -> None:
@@ -189,9 +190,9 @@ def test_methods_that_need_no_labels_get_none(folder: Path, monkeypatch: pytest.
     seen: dict[str, set[str]] = {}
     real = runner.run_cell.__globals__["finetune"]
 
-    def spy(artifact: Path, data: Path, *rest: Any) -> Any:
+    def spy(artifact: Path, data: Path, *rest: Any, **named: Any) -> Any:
         seen.setdefault(load(artifact).training.loss, set()).update(np.load(data).files)
-        return real(artifact, data, *rest)
+        return real(artifact, data, *rest, **named)
 
     monkeypatch.setitem(runner.run_cell.__globals__, "finetune", spy)
     run(folder)

@@ -17,10 +17,10 @@ from lorac_exporters.gradients.tape import dims
 from lorac_exporters.graph_tools import int_attribute, need
 from lorac_exporters.memory import saved_activations
 from lorac_exporters.memory_order import byte_size, execution_order
+from lorac_exporters.prefix import PREFIX
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import ADAPTER, load
 
-PREFIX = "prefix_step.onnx"
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape"})
 
 

@@ -159,7 +159,7 @@ def layer_of(tensor: str) -> str:
 class SiteModule:
     """A small module at the input of ``layer``, whose ``weight`` tells where that is; see `lorac_exporters.modules`.
 
-    ``kind`` is a key of `lorac_exporters.modules.insertion.KINDS`; ``tensors`` are its own, in the order which that kind has.
+    ``kind`` is a key of `lorac_exporters.modules.insertion.KINDS`; ``tensors`` are its own, in its order.
     ``channels`` are those of the input; ``scale`` multiplies what it adds.
     """
 

@@ -17,6 +17,7 @@ from lorac_exporters.graphs import Graphs
 from lorac_exporters.memory import peak
 from lorac_exporters.memory_plan import read_graphs
 from lorac_exporters.plan import LoraConfig
+from lorac_exporters.prefix import PREFIX
 from lorac_exporters.stages import blocks_of
 from lorac_exporters.training_step import TRAIN
 from lorac_runtime.data import LocalData, load_data
@@ -167,7 +168,13 @@ def _option(candidate: Candidate, folder: Path, score: Score, samples: int, epoc
         candidate=candidate,
         trained=load(folder).trained_parameters,
         work=work(folder, samples, epochs),
-        peak=peak(ir.load(folder / TRAIN), manifest.training.batch_size).total,
+        peak=_peak(folder, manifest.training.batch_size),
         seconds=score.step_seconds * steps,
         score=score,
     )
+
+
+def _peak(folder: Path, batch: int) -> int:
+    """Bytes that a step needs on a device, its frozen front part included."""
+    front = ir.load(folder / PREFIX) if (folder / PREFIX).is_file() else None
+    return peak(ir.load(folder / TRAIN), batch, front=front).total

@@ -96,7 +96,7 @@ def make_local(bench: Bench, drift: StudyDrift, seed: int, artifact: Path) -> No
     """
     path = bench.local(drift, seed)
     if not path.is_file():
-        pool = _read(drift.data or bench.config.data, artifact)
+        pool = read_samples(drift.data or bench.config.data, artifact)
         wanted = max(bench.config.sizes)
         if wanted > len(pool):
             raise StudyError(
@@ -110,7 +110,7 @@ def make_test(bench: Bench, drift: StudyDrift, artifact: Path) -> None:
     """Drift and keep the test samples, and take the base's accuracy on them."""
     path = bench.test(drift)
     if not path.is_file():
-        data = _read(drift.test or bench.config.test, artifact)
+        data = read_samples(drift.test or bench.config.test, artifact)
         _write(path, _drifted(drift, data, artifact, TEST_SEED), artifact)
     if not bench.base_accuracy(drift).is_file():
         found = accuracy(artifact / BASE, path, artifact)
@@ -119,7 +119,7 @@ def make_test(bench: Bench, drift: StudyDrift, artifact: Path) -> None:
 
 def accuracy(model: Path, data: Path, artifact: Path) -> float:
     """The share of samples that an .onnx file of this artifact classifies rightly."""
-    spec, found = load(artifact).input, _read(data, artifact)
+    spec, found = load(artifact).input, read_samples(data, artifact)
     right = 0
     for start in range(0, len(found), BATCH):
         part = slice(start, start + BATCH)
@@ -136,11 +136,12 @@ def write_local(path: Path, data: LocalData, labels: Any | None, artifact: Path)
 
 def read_local(bench: Bench, drift: StudyDrift, seed: int, size: int, artifact: Path) -> LocalData:
     """The first ``size`` of the samples that `make_local` kept."""
-    data = _read(bench.local(drift, seed), artifact)
+    data = read_samples(bench.local(drift, seed), artifact)
     return LocalData(data.images[:size], _labels(data)[:size])
 
 
-def _read(path: Path, artifact: Path) -> LocalData:
+def read_samples(path: Path, artifact: Path) -> LocalData:
+    """Samples of a .npz file that fit an artifact; they need not be of several classes."""
     manifest = load(artifact)
     return load_data(path, manifest.input, manifest.output.classes, manifest.class_names, require_classes=1)
 

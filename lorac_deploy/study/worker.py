@@ -5,27 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lorac_deploy.quiet import quiet_runtime
-from lorac_deploy.study.bench import CLEAN, Bench, accuracy, read_local, write_local
+from lorac_deploy.study.bench import CLEAN, Bench, accuracy, read_local, read_samples, write_local
 from lorac_deploy.study.cells import Cell
 from lorac_deploy.study_data import with_wrong
 from lorac_exporters.costs import artifact_costs
 from lorac_runtime.config import FinetuneConfig
+from lorac_runtime.data import LocalData
+from lorac_runtime.engines import Engine
 from lorac_runtime.errors import LoracDeployError
 from lorac_runtime.files import atomic_write
 from lorac_runtime.manifest import Manifest, load
 from lorac_runtime.outputs import FUSED
 from lorac_runtime.session import finetune
+from lorac_runtime.training import History, Indices, Inputs, Samples, evaluate
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What came of a cell. Accuracies are shares of the test samples; ``failed`` says why there are none.
 
-    ``curve`` holds (seconds of training, accuracy on drifted test samples) after each epoch; ``seconds`` is the whole
-    fine-tuning on one thread, ``costs`` those of `lorac_exporters.costs.StepCosts`.
+    ``curve`` holds (seconds of training, accuracy on drifted test samples) after each epoch; ``seconds`` is what all of
+    the training took on one thread, ``costs`` those of `lorac_exporters.costs.StepCosts`.
     """
 
     method: str
@@ -39,7 +47,6 @@ class Row:
     clean: float | None = None
     seconds: float | None = None
     step_seconds: float | None = None
-    peak_memory_bytes: int | None = None
     cache_hits: int | None = None
     cache_misses: int | None = None
     curve: tuple[tuple[float, float], ...] = ()
@@ -83,24 +90,52 @@ def read_row(path: Path) -> Row | None:
         return None
 
 
+class Curve:
+    """Called after each epoch, it takes the accuracy on test samples.
+
+    ``points`` are (seconds of training, accuracy).
+    """
+
+    def __init__(self, test: LocalData, manifest: Manifest) -> None:
+        self.points: list[tuple[float, float]] = []
+        self._samples = Samples(test, np.arange(len(test)), manifest.input, manifest.training.batch_size)
+        self._features: dict[bytes, Mapping[str, npt.NDArray[Any]]] = {}
+
+    def __call__(self, engine: Engine, history: History) -> None:
+        """Take the accuracy as the model is now."""
+        found = evaluate(engine, self._samples, None if engine.prefix is None else self._kept(engine))
+        self.points.append((history.seconds, found.accuracy or 0.0))
+
+    def _kept(self, engine: Engine) -> Inputs:
+        """What a frozen front part gives is computed once."""
+
+        def inputs(samples: Samples, batch: Indices) -> Mapping[str, npt.NDArray[Any]]:
+            if (key := batch.tobytes()) not in self._features:
+                self._features[key] = engine.inputs(samples.images(batch))
+            return self._features[key]
+
+        return inputs
+
+
 def _measured(bench: Bench, cell: Cell, artifact: Path, row: Row) -> Row:
     manifest = load(artifact)
-    curve: list[tuple[float, float]] = []
     test, clean = bench.test(cell.drift), bench.test(CLEAN)
     with tempfile.TemporaryDirectory(dir=bench.out) as scratch:
         data, out = Path(scratch) / "local.npz", Path(scratch) / "out"
         _write_data(bench, cell, artifact, manifest, data)
         config = FinetuneConfig(seed=cell.seed, val_fraction=0.0, threads=1, cache=cell.method.cache)
-        report = finetune(artifact, data, out, config)
+        curve = Curve(read_samples(test, artifact), manifest)
+        report = finetune(artifact, data, out, config, on_epoch=curve)
         fused = out / FUSED["onnx"]
         return dataclasses.replace(
             row,
             drifted=accuracy(fused, test, artifact),
             clean=accuracy(fused, clean, artifact),
-            seconds=report.seconds,
+            seconds=curve.points[-1][0] if curve.points else report.seconds,
             step_seconds=report.step_seconds,
-            peak_memory_bytes=report.peak_memory_bytes,
-            curve=tuple(curve),
+            cache_hits=None if report.cache is None else report.cache.hits,
+            cache_misses=None if report.cache is None else report.cache.misses,
+            curve=tuple(curve.points),
         )
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime.channels import Channels
-from lorac_runtime.description import BASE, ByteRange, Patch
+from lorac_runtime.description import BASE
 from lorac_runtime.errors import ArtifactError, OutputError
 from lorac_runtime.files import atomic_write_at
+from lorac_runtime.places import ByteRange, Patch
 from lorac_runtime.stored import Losses, Piece, pieces, ranges
 
 Array = npt.NDArray[Any]

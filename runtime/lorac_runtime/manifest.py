@@ -19,26 +19,21 @@ from lorac_runtime.description import (
     LOSSES,
     OPTIMIZERS,
     ROLES,
-    TFLITE_WEIGHTS,
     Adapter,
     BatchNorm,
     BnPolicy,
-    ByteRange,
     EngineEntry,
     Feature,
-    FileEntry,
     InputSpec,
     Manifest,
     OutputSpec,
     Partial,
-    Patch,
-    Quantized,
-    TfliteEntry,
     Trainable,
     TrainingDefaults,
 )
 from lorac_runtime.errors import ArtifactError, listed
 from lorac_runtime.manifest_checks import contradictions
+from lorac_runtime.places import TFLITE_WEIGHTS, ByteRange, FileEntry, Patch, Quantized, TfliteEntry
 from lorac_runtime.schema import decode
 
 __all__ = [

@@ -5,18 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from lorac_runtime.description import (
-    BASE,
-    BASE_TFLITE,
-    ITEM_SIZES,
-    TFLITE_WEIGHTS,
-    ByteRange,
-    FileEntry,
-    Manifest,
-    Patch,
-    Quantized,
-    TfliteEntry,
-)
+from lorac_runtime.description import BASE, BASE_TFLITE, Manifest
+from lorac_runtime.places import ITEM_SIZES, TFLITE_WEIGHTS, ByteRange, FileEntry, Patch, Quantized, TfliteEntry
 
 Table = Mapping[tuple[str, str], Patch]  # by file and tensor
 _PARTNER_DTYPE = {"int8": "int32", "int32": "int8"}

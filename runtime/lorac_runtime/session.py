@@ -13,40 +13,29 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lorac_runtime import resume
-from lorac_runtime.adapter import AdapterFile, load_adapter, save_adapter, to_manifest_coordinates
-from lorac_runtime.cache import FeatureCache, check_cache, open_cache
-from lorac_runtime.config import FORMATS, FinetuneConfig, Settings, settings_for
-from lorac_runtime.data import LocalData, fingerprint, load_data, split
-from lorac_runtime.engines import AUTO, Engine, open_engine
-from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, OutputError, listed
-from lorac_runtime.fused_files import add_formats, missing_formats, remove_others, write_fused
-from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
-from lorac_runtime.outputs import FUSED, check_outputs, remove_partial_files
-from lorac_runtime.patch import batchnorm_tensors, check_base
+from lorac_runtime.adapter import save_adapter
+from lorac_runtime.cache import FeatureCache, open_cache
+from lorac_runtime.config import FinetuneConfig
+from lorac_runtime.engines import Engine, open_engine
+from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError
+from lorac_runtime.fused_files import remove_others, write_fused
+from lorac_runtime.job import Job, finished, prepared
+from lorac_runtime.manifest import ADAPTER
+from lorac_runtime.outputs import FUSED, remove_partial_files
 from lorac_runtime.report import FILE_NAME as REPORT
-from lorac_runtime.report import (
-    FinetuneReport,
-    FusedFile,
-    package_version,
-    peak_memory_bytes,
-    read_report,
-    versions,
-    write_report,
-)
+from lorac_runtime.report import FinetuneReport, FusedFile, peak_memory_bytes, versions, write_report
 from lorac_runtime.training import (
     Evaluation,
     History,
     Inputs,
     OnProgress,
     Progress,
-    Samples,
     diverged,
     evaluate,
     train_epoch,
@@ -55,29 +44,7 @@ from lorac_runtime.training import (
 __all__ = ["FinetuneConfig", "FinetuneReport", "Progress", "finetune"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """Everything that is known before the engine opens. ``run`` is what a resumed run must share."""
-
-    artifact: Path
-    out: Path
-    manifest: Manifest
-    settings: Settings
-    training: Samples
-    held_out: Samples
-    start: dict[str, npt.NDArray[Any]]
-    metadata: dict[str, str]
-    run: dict[str, str]
-    to: tuple[str, ...]
-
-    @property
-    def probe(self) -> Samples:
-        """What the model is evaluated on: the held-out images, without any a first batch to see that it is sound."""
-        if len(self.held_out):
-            return self.held_out
-        return dataclasses.replace(self.training, index=self.training.index[: self.settings.batch_size])
+OnEpoch = Callable[[Engine, History], None]
 
 
 def finetune(
@@ -88,12 +55,14 @@ def finetune(
     *,
     adapter: Path | None = None,
     on_progress: OnProgress | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> FinetuneReport:
     """Fine-tune the model of a training artifact on local images; ``out`` gets adapter, fused files and report.
 
     ``data`` is an .npz file (``images`` uint8, ``labels``) or a folder with one sub-folder of images per class. Where
     the artifact's loss is entropy, labels may be missing; those that are there are used for accuracies only.
-    ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step.
+    ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step,
+    ``on_epoch`` after each epoch, to look at the model as it is then.
 
     A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch, with another
     engine too if ``config.engine`` names one. Where the same run is finished already, its report is returned and
@@ -104,10 +73,10 @@ def finetune(
     holds an unfinished run with other settings, EngineError, DivergenceError; MemoryError where a batch does not fit.
     """
     started, config = time.perf_counter(), config or FinetuneConfig()
-    job = _prepared(Path(artifact), Path(data), Path(out), config=config, adapter=adapter)
-    if not config.restart and (finished := _finished(job, config.engine)) is not None:
+    job = prepared(Path(artifact), Path(data), Path(out), config=config, adapter=adapter)
+    if not config.restart and (before := finished(job, config.engine)) is not None:
         log.info("%s holds this very run, finished; restart (--restart) runs it again", out)
-        return finished
+        return before
     remove_partial_files(job.out, (ADAPTER, *FUSED.values(), REPORT))
     engine = open_engine(
         job.artifact, job.manifest, engine=config.engine, threads=config.threads, micro_batch=config.micro_batch
@@ -121,7 +90,8 @@ def finetune(
         history = _resumed_or_begun(engine, job, _inputs(cache), restart=config.restart)
         cache = cache if settled else held.enter_context(cached())
         started -= history.seconds
-        history = _trained(engine, job, history, _inputs(cache), on_progress=on_progress or _ignore)
+        watch = functools.partial(_told, on_epoch, engine)
+        history = _trained(engine, job, history, _inputs(cache), on_progress=on_progress or _ignore, on_epoch=watch)
         return _written(engine, job, history, cache, started=started)
 
 
@@ -129,81 +99,7 @@ def _inputs(cache: FeatureCache | None) -> Inputs | None:
     return None if cache is None else cache.inputs
 
 
-def _prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, adapter: Path | None) -> _Job:
-    """All checks that need no engine."""
-    manifest = load(artifact)
-    settings = settings_for(manifest, config)
-    adapter = None if adapter is None else Path(adapter)
-    for name in config.to:
-        check_base(artifact, manifest, FORMATS[name])
-    check_outputs(artifact, out, manifest, data=data, adapter=adapter, to=config.to)
-    verify_files(artifact, manifest)
-    required = 2 if manifest.needs_labels else 0
-    local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names, require_classes=required)
-    if config.cache is not None:
-        check_cache(manifest, config.engine, len(local), budget=config.cache, fp16=config.cache_fp16)
-    own = load_adapter(artifact / ADAPTER)
-    file = own if adapter is None else _other_start(manifest, adapter)
-    train, held = split(local, settings.val_fraction, settings.seed)
-    samples = Samples(local, train, manifest.input, settings.batch_size, merge_single=manifest.bn_policy == "batch")
-    return _Job(
-        artifact=artifact,
-        out=out,
-        manifest=manifest,
-        settings=settings,
-        training=samples,
-        held_out=dataclasses.replace(samples, index=held, merge_single=False),
-        start=to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), file),
-        metadata=_metadata(manifest, own.metadata),
-        run=_identity(artifact, local, settings, adapter) | ({"cache_fp16": "True"} if config.cache_fp16 else {}),
-        to=config.to,
-    )
-
-
-def _other_start(manifest: Manifest, path: Path) -> AdapterFile:
-    if manifest.bn_policy == "recalibrate":
-        raise AdapterError(
-            f"{path}: an artifact with BN policy recalibrate re-estimates the statistics of its base before it trains, "
-            "and these would not be those of the adapted model; leave the adapter out, or export with another policy"
-        )
-    return load_adapter(path)
-
-
-def _metadata(manifest: Manifest, start: dict[str, str]) -> dict[str, str]:
-    """Metadata of the trained adapter: the artifact's own, now tied to its base."""
-    made = {"base_sha256": manifest.files[BASE].sha256, "producer": f"lorac-runtime {package_version()}"}
-    return {**start, "coordinates": manifest.coordinates, **made}
-
-
-def _identity(artifact: Path, local: LocalData, settings: Settings, adapter: Path | None) -> dict[str, str]:
-    """What makes a run, as text; equal identities give equal results."""
-    return {
-        "artifact": sha256(artifact / FILE_NAME),
-        "data": fingerprint(local),
-        "adapter": "" if adapter is None else sha256(adapter),
-        **{name: str(value) for name, value in dataclasses.asdict(settings).items()},
-    }
-
-
-def _finished(job: _Job, engine: str) -> FinetuneReport | None:
-    """The report of the same run, if ``out`` holds it; fused files that it lacks are made from its adapter.
-
-    Raises OutputError if ``out`` holds another run.
-
-    Engines agree to rounding, so which one ran matters only where one was asked for by name.
-    """
-    report = None if resume.exists(job.out) else read_report(job.out)
-    if report is None or not (job.out / ADAPTER).is_file():
-        return None
-    wanted = report.engine if engine == AUTO else engine
-    if (before := report.run | {"engine": report.engine}) != (now := job.run | {"engine": wanted}):
-        headline = f"{job.out} holds a finished run of another kind. {resume.ADVICE}; what differs:"
-        raise OutputError(listed(headline, resume.differences(before, now)))
-    missing = missing_formats(job.out, report, job.to)
-    return add_formats(job.artifact, job.out, job.manifest, report, missing) if missing else report
-
-
-def _resumed_or_begun(engine: Engine, job: _Job, inputs: Inputs | None, *, restart: bool) -> History:
+def _resumed_or_begun(engine: Engine, job: Job, inputs: Inputs | None, *, restart: bool) -> History:
     history = None if restart else resume.load(job.out, engine, job.run)
     if history is not None:
         log.info("resuming after epoch %d of %d", history.epoch, job.settings.epochs)
@@ -227,7 +123,15 @@ def _resumed_or_begun(engine: Engine, job: _Job, inputs: Inputs | None, *, resta
     return History(before=before)
 
 
-def _trained(engine: Engine, job: _Job, history: History, inputs: Inputs | None, *, on_progress: OnProgress) -> History:
+def _trained(
+    engine: Engine,
+    job: Job,
+    history: History,
+    inputs: Inputs | None,
+    *,
+    on_progress: OnProgress,
+    on_epoch: Callable[[History], None],
+) -> History:
     """All epochs that are left, with a checkpoint after each."""
     settings = job.settings
     while history.epoch < settings.epochs:
@@ -235,11 +139,12 @@ def _trained(engine: Engine, job: _Job, history: History, inputs: Inputs | None,
         if not all(np.all(np.isfinite(value)) for value in engine.state().values()):
             raise DivergenceError(diverged(f"weights are not finite after epoch {history.epoch}", settings))
         resume.save(job.out, engine, job.run, history=history)
+        on_epoch(history)
     return history
 
 
 def _written(
-    engine: Engine, job: _Job, history: History, cache: FeatureCache | None, *, started: float
+    engine: Engine, job: Job, history: History, cache: FeatureCache | None, *, started: float
 ) -> FinetuneReport:
     """Accuracy, files and report of a trained model; the report comes last and ends the run."""
     after, state = evaluate(engine, job.probe, _inputs(cache)), engine.state()
@@ -257,7 +162,7 @@ def _written(
 
 
 def _report(
-    engine: Engine, job: _Job, history: History, *, after: Evaluation, fused: tuple[FusedFile, ...], seconds: float
+    engine: Engine, job: Job, history: History, *, after: Evaluation, fused: tuple[FusedFile, ...], seconds: float
 ) -> FinetuneReport:
     manifest = job.manifest
     before = history.before if len(job.held_out) else None
@@ -299,3 +204,8 @@ def _warn(report: FinetuneReport) -> None:
 
 def _ignore(progress: Progress) -> None:
     del progress
+
+
+def _told(on_epoch: OnEpoch | None, engine: Engine, history: History) -> None:
+    if on_epoch is not None:
+        on_epoch(engine, history)

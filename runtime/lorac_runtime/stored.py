@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from lorac_runtime import quantization as q8
 from lorac_runtime.channels import BLOCK, Channels
-from lorac_runtime.description import ByteRange, Patch, Quantized
 from lorac_runtime.errors import AdapterError
+from lorac_runtime.places import ByteRange, Patch, Quantized
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]

@@ -158,7 +158,8 @@ def test_adapted_weights_are_the_same_bits_in_blocks_and_as_a_whole(
         "b": rng.standard_normal((c_out * k_h, rank)).astype(np.float32),
     }
     adapter = mf.Adapter("l", "w", "a", "b", shape, 1, 2, rank, 3.0, layout)
-    manifest: Any = type("M", (), {"adapters": (adapter,), "trainables": (), "bn_policy": "frozen"})
+    facts = {"adapters": (adapter,), "trainables": (), "partials": (), "refolded": (), "live_batchnorm": False}
+    manifest: Any = type("M", (), facts)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("lorac_runtime.fused._BLOCK", work)
         (value,) = fused_channels(manifest, {"w": base}, state, {}).values()

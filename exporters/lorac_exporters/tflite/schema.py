@@ -10,9 +10,9 @@ import numpy as np
 from lorac_exporters.tflite.network import Array, Network
 from lorac_exporters.tflite.schema_read import from_bytes
 from lorac_exporters.tflite.schema_write import ALIGNMENT, to_bytes, to_pieces
-from lorac_runtime.description import ByteRange
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.files import atomic_write
+from lorac_runtime.places import ByteRange
 
 __all__ = ["ALIGNMENT", "Ranges", "buffer_ranges", "from_bytes", "save", "to_bytes"]
 
