@@ -6,6 +6,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "advising": "does lorac-deploy advise find the best block without being told the drift",
     "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
     "forms": "which form of an adapter costs less, layer by layer; the cost model that chooses it",
     "fusing": "time and memory of fusing a ResNet-18 into its ONNX or TFLite file",

@@ -30,8 +30,8 @@ Table = dict[str, Any]
 
 def blocks(work: Path, data: Path) -> Table:
     """TBFT (arXiv 2403.15905): each block alone, at 10, 20 and 30 % of 3,333 images."""
-    named = [("front", "front"), ("middle", "middle"), ("layer3", "layer3")]
-    methods: list[Table] = [{"name": name, "method": "blocks", "blocks": [block]} for name, block in named]
+    named = ("front", "middle", "rear", "layer3")  # layer3 is the paper's block 3; rear holds the head too
+    methods: list[Table] = [{"name": block, "method": "blocks", "blocks": [block]} for block in named]
     methods += [{"method": "head", **HEAD}, {"method": "full"}]
     grid = {"drifts": [*DRIFTS, "flip"], "sizes": [333, 667, 1000], "seeds": [0, 1], "training": SHORT}
     return _cifar(work, data, "resnet20") | grid | {"methods": methods}

@@ -175,6 +175,12 @@ def test_the_command_writes_tables_and_plots(folder: Path) -> None:
     assert not list(out.glob("part-*"))
 
 
+def test_a_method_that_does_not_fit_the_network_is_named_before_any_training(folder: Path) -> None:
+    (folder / "study.toml").write_text(STUDY.replace('method = "full"', 'method = "blocks"\nblocks = ["front"]'))
+    with pytest.raises(StudyError, match=r"method 'blocks blocks=front' cannot train this network: .*convolution"):
+        run(folder)
+
+
 def test_more_samples_than_there_are_is_told_before_any_training(folder: Path) -> None:
     (folder / "study.toml").write_text(STUDY.replace("[8, 40]", "[8, 400]"))
     with pytest.raises(StudyError, match=r"400 samples are wanted, but .*\.npz has [56]0"):

@@ -23,11 +23,13 @@ CACHE = 1 << 30  # bytes of disk that a trial may take for the features of a fro
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """How trials are made: share of the data held out, and epochs and number of splits of each round."""
+    """How trials are made: share of the data held out, epochs and number of splits of each round, threads (None: the
+    engine's own choice)."""
 
     held_out: float = 0.3
     rounds: tuple[tuple[int, int], ...] = ((2, 1), (5, 2))
     seed: int = 0
+    threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ def _scored(artifact: Path, data: Path, trial: Trial, epochs: int, splits: int) 
                 epochs=epochs,
                 val_fraction=trial.held_out,
                 seed=trial.seed + split,
+                threads=trial.threads,
                 cache=CACHE if load(artifact).features else None,
             )
             try:

@@ -15,6 +15,7 @@ from lorac_deploy.study.config import StudyConfig, StudyDrift, StudyError, Study
 from lorac_deploy.study_data import flip
 from lorac_exporters.verify import run_onnx
 from lorac_runtime.data import LocalData, load_data, preprocess
+from lorac_runtime.errors import ConversionError
 from lorac_runtime.files import atomic_write
 from lorac_runtime.manifest import BASE, FILE_NAME, load, sha256
 
@@ -69,7 +70,7 @@ def open_bench(config: StudyConfig, out: Path) -> Bench:
 def make_artifact(bench: Bench, method: StudyMethod, seed: int) -> None:
     """Export the method's artifact where it is not there yet.
 
-    Raises ConversionError for a method that does not fit the network.
+    Raises StudyError for a method that does not fit the network.
     """
     from lorac_deploy.export import export_training_artifact
     from lorac_exporters.artifact import ArtifactConfig
@@ -77,16 +78,19 @@ def make_artifact(bench: Bench, method: StudyMethod, seed: int) -> None:
     out = bench.artifact(method, seed)
     if (out / FILE_NAME).is_file():
         return
-    config = ArtifactConfig(
-        lora=dataclasses.replace(method.lora, seed=seed),
-        method=method.method,
-        bn_policy=method.bn,
-        engine="onnxruntime",
-        form=method.form,
-        tflite="none",
-        training=method.training,
-    )
-    export_training_artifact(bench.config.checkpoint, out, config=config, on_progress=lambda _: None)
+    try:
+        config = ArtifactConfig(
+            lora=dataclasses.replace(method.lora, seed=seed),
+            method=method.method,
+            bn_policy=method.bn,
+            engine="onnxruntime",
+            form=method.form,
+            tflite="none",
+            training=method.training,
+        )
+        export_training_artifact(bench.config.checkpoint, out, config=config, on_progress=lambda _: None)
+    except (ConversionError, ValueError) as err:
+        raise StudyError(f"method {method.name!r} cannot train this network: {err}") from err
 
 
 def make_local(bench: Bench, drift: StudyDrift, seed: int, artifact: Path) -> None:

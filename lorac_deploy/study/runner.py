@@ -27,7 +27,7 @@ def run_study(config: StudyConfig, out: Path, *, workers: int | None = None, on_
     stopped goes on where it was when it is run again on the same folder; a cell whose method, data or files changed is
     another cell.
 
-    Raises StudyError, ConversionError for a method that does not fit the network, OSError.
+    Raises StudyError, for a method that does not fit the network too; OSError.
     """
     bench = open_bench(config, out)
     cells = grid(config)
