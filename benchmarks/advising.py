@@ -1,8 +1,8 @@
 """Does `lorac-deploy advise` find the best block, without being told what drifted?
 
-For each drift, number of images and seed of a finished study of blocks (`python -m benchmarks studies blocks`), advice is
-asked for on the same local data, and the accuracy of the block that it chose, as the study found it on test images, is
-set beside that of the best block.
+For each drift, number of images and seed of a finished study of blocks (`python -m benchmarks studies blocks`), advice
+is asked for on the same local data, and the accuracy of the block that it chose, as the study found it on test images,
+is set beside that of the best block.
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ def table(rows: list[Row]) -> str:
     """The cases, and how often the choice is within a point of the best, as Markdown."""
     lines = ["| drift | images | seed | chosen | best | points behind | by gradients alone |", "|" + "---|" * 7]
     for row in rows:
-        lines.append(
-            f"| {row.drift} | {row.size} | {row.seed} | {row.chosen} {100 * row.accuracies[row.chosen]:.1f} | {row.best} "
-            f"{100 * row.accuracies[row.best]:.1f} | {100 * row.behind:.1f} | {row.ranked} |"
-        )
+        chosen, best = (f"{block} {100 * row.accuracies[block]:.1f}" for block in (row.chosen, row.best))
+        cells = (row.drift, row.size, row.seed, chosen, best, f"{100 * row.behind:.1f}", row.ranked)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     near = sum(row.behind <= NEAR for row in rows)
     return "\n".join([*lines, "", f"within a point of the best: {near} of {len(rows)} ({near / len(rows):.0%})"])
