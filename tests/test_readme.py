@@ -98,9 +98,13 @@ def test_the_readme_runs_as_written(root: Path, workspace: Path) -> None:
     assert (workspace / "adapted" / "fused.onnx").stat().st_size == (
         workspace / "artifact" / "base.onnx"
     ).stat().st_size
-    (device,) = loaded(workspace, "ort_finetune.py")
-    assert {"lorac_runtime", "onnxruntime", "numpy", "safetensors"} <= device
-    assert device & FRAMEWORKS == set()
+    devices = loaded(workspace, "ort_finetune.py")
+    assert len(devices) == 2
+    for device in devices:
+        assert {"lorac_runtime", "onnxruntime", "numpy", "safetensors"} <= device
+        assert device & FRAMEWORKS == set()
+    cached = json.loads((workspace / "adapted_rear" / "report.json").read_text(encoding="utf-8"))
+    assert cached["cache"]["hits"] > 0
     report = json.loads((workspace / "adapted" / "report.json").read_text(encoding="utf-8"))
     assert report["engine"] == "onnxruntime"
 
