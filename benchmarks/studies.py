@@ -23,7 +23,8 @@ POOL = 5000  # training images that local data are drawn from
 CORRUPTIONS = ("gaussian_noise", "impulse_noise", "contrast", "jpeg_compression", "fog", "defocus_blur")
 DRIFTS = [f"{name}:5" for name in CORRUPTIONS]
 SHORT = {"epochs": 5}
-HEAD = {"lr": 0.01}  # a lone head learns too slowly at the rate that suits adapters
+# Rates that were best of 0.001, 0.003, 0.01 and 0.03 on contrast:5 and flip, 500 images; 0.001 suits the other methods.
+HEAD, LIGHT = {"lr": 0.03}, {"lr": 0.01}
 VENDORS = ("microsoft", "samsung")
 Table = dict[str, Any]
 
@@ -140,9 +141,9 @@ def _value(value: Any) -> str:
 
 def _every_method() -> Table:
     made: list[Table] = [{"method": "lora-c"}, {"method": "lora-kernel", "rank": 1}, {"method": "lora-all"}]
-    made += [{"method": "full"}, {"method": "head", **HEAD}, {"method": "bias", **HEAD}, {"method": "bn", **HEAD}]
+    made += [{"method": "full"}, {"method": "head", **HEAD}, {"method": "bias", **LIGHT}, {"method": "bn", **LIGHT}]
     made += [{"name": f"block {b}", "method": "blocks", "blocks": [b]} for b in ("front", "middle", "rear")]
-    made += [{"method": "skip", **HEAD}, {"method": "attention"}, {"method": "paca"}]
+    made += [{"method": "skip", **HEAD}, {"method": "attention", **LIGHT}, {"method": "paca"}]
     return {"drifts": ["gaussian_noise:5", "contrast:5"], "seeds": [0, 1], "training": SHORT, "methods": made}
 
 
