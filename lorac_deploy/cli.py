@@ -19,9 +19,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command(
-        "lorac_deploy.commands.train", "train or fine-tune a CNN in PyTorch: all of it, its head, or LoRA-C adapters"
-    ),
+    "train": Command("lorac_deploy.commands.train", "train or fine-tune a CNN in PyTorch, by any of the methods"),
     "export-training-artifact": Command(
         "lorac_deploy.commands.export_training_artifact", "write the folder that a device trains with"
     ),
