@@ -1,1 +1,3 @@
 """Which method and block suit a drift: gradient norms rank the blocks, short trials decide."""
+
+DEFAULT_METHODS = ("head", "blocks", "lora-c", "skip")  # what is tried where no methods are named

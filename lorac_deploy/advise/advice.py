@@ -10,7 +10,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lorac_deploy.advise.candidates import DEFAULT_METHODS, Candidate, candidates, export_candidate, work
+from lorac_deploy.advise import DEFAULT_METHODS
+from lorac_deploy.advise.candidates import Candidate, candidates, export_candidate, work
 from lorac_deploy.advise.sensitivity import block_scores, relative_gradients
 from lorac_deploy.advise.trial import Score, Trial, run_trials
 from lorac_exporters.graphs import Graphs

@@ -8,14 +8,11 @@ from pathlib import Path
 
 from lorac_exporters.artifact import ArtifactConfig, Naming, write_graphs
 from lorac_exporters.base_tflite import TfliteChoice
-from lorac_exporters.costs import StepCosts, artifact_costs
+from lorac_exporters.costs import artifact_costs
 from lorac_exporters.graphs import Graphs, planned
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.manifest import Manifest
-
-BY_BLOCK = ("blocks", "lora-c")  # methods that are tried on each block
-DEFAULT_METHODS = ("head", "blocks", "lora-c", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,5 +82,5 @@ def export_candidate(
 
 def work(artifact: Path, samples: int, epochs: int) -> int:
     """Multiply-adds of a whole run on ``samples``, the frozen front part run once for each (with a cache)."""
-    costs: StepCosts = artifact_costs(artifact, 1)
+    costs = artifact_costs(artifact, 1)
     return samples * (costs.prefix_multiply_adds + epochs * costs.multiply_adds)

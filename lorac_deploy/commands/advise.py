@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lorac_deploy.advise import DEFAULT_METHODS
 from lorac_deploy.commands._common import guarded
 from lorac_deploy.commands._options import names
 from lorac_exporters.methods import METHODS
 
 if TYPE_CHECKING:
     from lorac_deploy.advise.advice import Advice
-
-DEFAULT = ("head", "blocks", "lora-c", "skip")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,9 +34,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--methods",
         type=names,
-        default=DEFAULT,
+        default=DEFAULT_METHODS,
         metavar="NAME[,NAME...]",
-        help=f"methods to try (default: {','.join(DEFAULT)})",
+        help=f"methods to try (default: {','.join(DEFAULT_METHODS)})",
     )
     p.add_argument("--rank", type=int, default=4, help="of adapters (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of splits and of adapters' start (default: %(default)s)")

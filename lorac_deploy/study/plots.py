@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorac_deploy.study.summary import chosen, names
+from lorac_deploy.study.summary import chosen, names, plain
 from lorac_deploy.study.worker import Row
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _save(plot: object, rows: Sequence[Row], path: Path, *, wide: bool = False) 
 
 def _bars(axes: Axes, rows: Sequence[Row]) -> None:
     """Accuracy under every drift, a bar for each method, the base as a line behind them."""
-    best = _plain(rows)
+    best = plain(rows)
     drifts, methods = names(best, "drift"), names(best, "method")
     width = 0.8 / len(methods)
     for k, method in enumerate(methods):
@@ -64,7 +64,7 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _cost(axes: Axes, rows: Sequence[Row]) -> None:
     """Accuracy against the multiply-adds of a step, a point for each method."""
-    best = _plain(rows)
+    best = plain(rows)
     for k, method in enumerate(names(best, "method")):
         own = chosen(best, method=method)
         work = (own[0].costs["multiply_adds"] + own[0].costs["prefix_multiply_adds"]) / 1e6
@@ -92,10 +92,6 @@ def _lines(axes: Axes, rows: Sequence[Row], field: str, label: str) -> None:
     axes.set_ylabel("accuracy under drift, mean (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-
-
-def _plain(rows: Sequence[Row]) -> list[Row]:
-    return chosen(rows, size=max(r.size for r in rows), wrong=min(r.wrong for r in rows))
 
 
 def _drifted(rows: Sequence[Row]) -> list[float]:

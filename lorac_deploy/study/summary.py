@@ -74,7 +74,7 @@ def tables(rows: Sequence[Row], target_gain: float) -> list[Table]:
 
 def accuracy_table(rows: Sequence[Row]) -> Table:
     """Accuracy on drifted test samples: methods by drifts, with most samples and fewest wrong labels."""
-    best = _plain(rows)
+    best = plain(rows)
     drifts = names(best, "drift")
     base = ["base", *(f"{100 * chosen(best, drift=d)[0].base_drifted:.1f}" for d in drifts)]
     mean = f"{100 * statistics.fmean(chosen(best, drift=d)[0].base_drifted for d in drifts):.1f}"
@@ -87,7 +87,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
 
 def forgetting_table(rows: Sequence[Row]) -> Table:
     """What adapting costs on clean data: accuracy there before and after."""
-    best = _plain(rows)
+    best = plain(rows)
     drifts = names(best, "drift")
     lines = [("base", *[f"{100 * best[0].base_clean:.1f}"] * (len(drifts) + 1))]
     for method in names(best, "method"):
@@ -126,7 +126,7 @@ def seconds_needed(rows: Sequence[Row], method: str, target_gain: float) -> str:
     times = []
     for drift in names(rows, "drift"):
         target = _target(chosen(rows, drift=drift), target_gain)
-        own = chosen(_plain(rows), method=method, drift=drift)
+        own = chosen(plain(rows), method=method, drift=drift)
         times += [next((s for s, found in row.curve if found >= target), math.inf) for row in own]
     if not times or not any(row.curve for row in chosen(rows, method=method)):
         return ""
@@ -171,12 +171,13 @@ def _cost_cells(row: Row, needed: tuple[str, str]) -> tuple[str, ...]:
 
 def _target(rows: Sequence[Row], gain: float) -> float:
     """Base plus a share of the best method's gain, with most samples and fewest wrong labels."""
-    best = _plain(rows)
+    best = plain(rows)
     base = statistics.fmean(row.base_drifted for row in best)
     return base + gain * max(0.0, max(_mean(chosen(best, method=m)) for m in names(best, "method")) - base)
 
 
-def _plain(rows: Sequence[Row]) -> list[Row]:
+def plain(rows: Sequence[Row]) -> list[Row]:
+    """The rows with most samples and fewest wrong labels."""
     return chosen(rows, size=_largest(rows), wrong=_least_wrong(rows))
 
 
