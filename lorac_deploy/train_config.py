@@ -8,6 +8,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from lorac_exporters.methods import METHODS
+from lorac_exporters.methods.method import Method
 from lorac_runtime.manifest import BN_POLICIES, LOSSES, BnPolicy
 
 Optimizer = Literal["adamw", "sgd"]
@@ -126,11 +127,16 @@ def _choice_problems(c: TrainConfig) -> list[str]:
     ]
 
 
+def _of(method: Method) -> dict[str, Any]:
+    """What a method says of its training here and on a device; the usual learning rate is left to the optimizer."""
+    found: dict[str, Any] = {"bn_policy": method.policy(), "loss": method.loss_of()}
+    return found if method.lr == PEAK_LR["adamw"] else found | {"lr": method.lr}
+
+
 _OWN: dict[str, dict[str, Any]] = {  # what a method does otherwise
     "full": {"epochs": 5, "bn_policy": "batch"},
     "tent": {"keep": "last"},  # the best epoch could only be told by labels
 }
 DEFAULTS: dict[str, TrainConfig] = {
-    name: TrainConfig(**({"bn_policy": method.policy(), "loss": method.loss_of()} | _OWN.get(name, {})))
-    for name, method in METHODS.items()
+    name: TrainConfig(**(_of(method) | _OWN.get(name, {}))) for name, method in METHODS.items()
 }

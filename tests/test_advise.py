@@ -11,10 +11,12 @@ from small_artifacts import SPEC, export
 from torch import nn
 
 from lorac_deploy.advise.advice import Advice, Option, advise, choose, export_choice
-from lorac_deploy.advise.candidates import Candidate, candidates
+from lorac_deploy.advise.candidates import Candidate, candidates, export_candidate
 from lorac_deploy.advise.sensitivity import block_scores, relative_gradients
 from lorac_deploy.advise.trial import Score, Trial
 from lorac_deploy.commands.advise import main
+from lorac_exporters.memory_plan import read_graphs
+from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.data import LocalData, preprocess
 from lorac_runtime.errors import ConversionError, DataError
@@ -29,6 +31,14 @@ def net() -> nn.Sequential:
     first = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
     later = [nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*first, *later, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+
+
+def norm_net() -> nn.Sequential:
+    """One that TENT can train."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
 
 
 def data(count: int, *, classes: int = 4) -> LocalData:
@@ -148,7 +158,31 @@ def test_the_choice_becomes_an_artifact_of_the_same_network(advice: Advice, arti
     assert chosen.method == advice.chosen.candidate.method
     assert chosen.trained_parameters == advice.chosen.trained
     assert (chosen.model_parameters, chosen.class_names) == (given.model_parameters, given.class_names)
-    assert chosen.training == given.training
+    assert chosen.training.epochs == given.training.epochs
+
+
+@pytest.mark.parametrize(
+    ("given", "lr"), [({}, {"head": 0.03, "lora-c": 0.001}), ({"lr": 0.2}, {"head": 0.2, "lora-c": 0.2})]
+)
+def test_a_candidate_has_its_own_learning_rate_unless_one_was_chosen(
+    given: dict[str, float], lr: dict[str, float], tmp_path: Path
+) -> None:
+    export(tmp_path / "given", net(), method="bias", training=METHODS["bias"].training(epochs=3, **given))
+    manifest = load(tmp_path / "given")
+    graphs = read_graphs(tmp_path / "given", manifest)
+    for method in lr:
+        export_candidate(graphs, manifest, Candidate(method, None, LoraConfig(rank=1)), tmp_path / method)
+    made = {method: load(tmp_path / method).training for method in lr}
+    assert {method: settings.lr for method, settings in made.items()} == lr
+    assert {settings.epochs for settings in made.values()} == {3}
+
+
+def test_a_method_without_labels_leaves_its_loss_behind(tmp_path: Path) -> None:
+    export(tmp_path / "tent", norm_net(), method="tent")
+    manifest = load(tmp_path / "tent")
+    graphs = read_graphs(tmp_path / "tent", manifest)
+    export_candidate(graphs, manifest, Candidate("head", None, LoraConfig()), tmp_path / "head")
+    assert (manifest.training.loss, load(tmp_path / "head").training.loss) == ("entropy", "cross_entropy")
 
 
 def test_unlabelled_data_are_refused_with_what_can_be_done(artifact: Path, tmp_path: Path) -> None:

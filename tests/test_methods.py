@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorac_deploy.train_config import DEFAULTS
 from lorac_exporters.artifact import ArtifactConfig
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
@@ -51,6 +52,15 @@ def test_a_method_takes_its_first_policy_and_its_loss_unless_told(name: str) -> 
         if loss != method.loss:
             with pytest.raises(ValueError, match=f"method {name} does not go with loss '{loss}': choose {method.loss}"):
                 ArtifactConfig(method=name, training=TrainingDefaults(loss=loss))
+
+
+def test_a_method_has_a_learning_rate_of_its_own_here_and_on_a_device() -> None:
+    own = {"head": 0.03, "skip": 0.03, "bias": 0.01, "bn": 0.01, "attention": 0.01}
+    for name, method in METHODS.items():
+        rate = own.get(name, 0.001)
+        assert ArtifactConfig(method=name).settings.lr == rate
+        assert DEFAULTS[name].peak_lr == rate
+        assert method.training(lr=0.5, epochs=2) == TrainingDefaults(lr=0.5, epochs=2, loss=method.loss_of())
 
 
 def test_every_option_that_a_method_heeds_is_a_setting() -> None:

@@ -53,6 +53,11 @@ def test_a_method_without_a_name_is_called_by_its_settings(tmp_path: Path) -> No
     assert lora.name == "lora-c rank=2 blocks=layer2,fc lr=0.01 cache=1MB"
 
 
+def test_a_method_without_a_learning_rate_has_its_own(tmp_path: Path) -> None:
+    head = GOOD.replace('method = "full"\nbn = "batch"', 'method = "head"')
+    assert [m.training.lr for m in read_config(written(tmp_path, head)).methods] == [0.01, 0.03]
+
+
 def test_a_method_that_needs_a_loss_gets_it(tmp_path: Path) -> None:
     wanting = [m for m in METHODS.values() if m.loss]
     assert wanting

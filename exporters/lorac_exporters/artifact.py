@@ -126,7 +126,7 @@ def write_graphs(
     """Write the artifact of planned graphs; `write_artifact` makes them from a raw one. Raises what that raises."""
     started = time.perf_counter()
     check_replaceable(out)
-    engines = chosen(config.engine, graphs, config.training)
+    engines = chosen(config.engine, graphs, config.settings)
     with beside(out) as folder:
         on_progress("writing base.onnx")
         ir.save(graphs.base.model, folder / mf.BASE)
@@ -160,7 +160,7 @@ def _write_training(
     mode = resolve_rank_mode(config.lora.rank_mode, graphs.network.backbone_parameters)
     metadata = adapter_metadata(manifest, blocks=config.lora.blocks, rank_mode=mode)
     save_adapter(folder / mf.ADAPTER, start, metadata | partial_metadata(manifest.partials, config.lora))
-    steps = StepConfig(config.training, form_of(config.form, config.training.batch_size))
+    steps = StepConfig(config.settings, form_of(config.form, config.settings.batch_size))
     entries = {}
     for engine in engines:
         on_progress(f"building the gradient graph for {engine}")
@@ -184,7 +184,7 @@ def _manifest(folder: Path, graphs: Graphs, lite: TfliteBase, naming: Naming, co
         additions=graphs.additions,
         trainables=graphs.plan.trainables,
         batchnorms=graphs.base.batchnorms,
-        training=config.training,
+        training=config.settings,
         files={mf.BASE: mf.FileEntry(mf.sha256(base), base.stat().st_size)},
         patches=(*patch_table(base, mf.BASE, lite.shapes), *lite.patches),
         tolerances={"logits": LOGITS_TOLERANCE},

@@ -22,11 +22,11 @@ from lorac_runtime.manifest_checks import training_problems
 class ArtifactConfig:
     """What a training artifact trains and how; see `LoraConfig` and `TrainingDefaults` for their fields.
 
-    ``bn_policy`` None is the method's own (see `policy`). A method that needs a certain loss refuses another one in
-    ``training``. ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever that can train the model.
-    ``form`` is how that engine computes adapters: thin branches, updated weights, or for each layer what costs less
-    (``auto``). ``tflite`` says how base.tflite stores its weights; ``auto`` is float32, or no such file where TFLite
-    cannot do the model.
+    ``bn_policy`` and ``training`` None are the method's own (see `policy` and `settings`). A method that needs a
+    certain loss refuses another one in ``training``. ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever
+    that can train the model. ``form`` is how that engine computes adapters: thin branches, updated weights, or for each
+    layer what costs less (``auto``). ``tflite`` says how base.tflite stores its weights; ``auto`` is float32, or no
+    such file where TFLite cannot do the model.
 
     Raises ValueError for a value out of range.
     """
@@ -37,14 +37,14 @@ class ArtifactConfig:
     engine: EngineChoice = "auto"
     form: FormChoice = "auto"
     tflite: TfliteChoice = "auto"
-    training: mf.TrainingDefaults = dataclasses.field(default_factory=mf.TrainingDefaults)
+    training: mf.TrainingDefaults | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         METHODS[self.method].policy(self.bn_policy)
-        METHODS[self.method].loss_of(self.training.loss)
-        problems = [*training_problems(self.training), *_engine_problems(self.engine, self.training)]
+        METHODS[self.method].loss_of(self.settings.loss)
+        problems = [*training_problems(self.settings), *_engine_problems(self.engine, self.settings)]
         if self.form not in FORM_CHOICES:
             problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
         if self.tflite not in TFLITE_CHOICES:
@@ -56,6 +56,15 @@ class ArtifactConfig:
     def policy(self) -> mf.BnPolicy:
         """``bn_policy``, or the method's default."""
         return METHODS[self.method].policy(self.bn_policy)
+
+    @property
+    def settings(self) -> mf.TrainingDefaults:
+        """``training``, or the method's own.
+
+        >>> ArtifactConfig(method="head").settings.lr, ArtifactConfig(method="full").settings.lr
+        (0.03, 0.001)
+        """
+        return METHODS[self.method].training() if self.training is None else self.training
 
 
 def _engine_problems(choice: EngineChoice, training: mf.TrainingDefaults) -> list[str]:

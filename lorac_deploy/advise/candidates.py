@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lorac_exporters.artifact import ArtifactConfig, Naming, write_graphs
 from lorac_exporters.base_tflite import TfliteChoice
@@ -63,7 +64,9 @@ def candidates(methods: tuple[str, ...], scores: Mapping[str, float], lora: Lora
 def export_candidate(
     graphs: Graphs, manifest: Manifest, candidate: Candidate, out: Path, *, tflite: TfliteChoice = "none"
 ) -> None:
-    """Write the candidate's artifact into ``out``, with the training settings of the artifact it comes from.
+    """Write the candidate's artifact into ``out``.
+
+    Training settings are the candidate's own; those that the artifact was given, it gets too.
 
     Raises ConversionError where the method does not fit the network.
     """
@@ -72,12 +75,18 @@ def export_candidate(
         method=candidate.method,
         engine="onnxruntime",
         tflite=tflite,
-        training=manifest.training,
+        training=METHODS[candidate.method].training(**chosen_settings(manifest)),
     )
     naming = Naming(manifest.model, manifest.class_names, manifest.model_parameters)
     write_graphs(
         planned(graphs, candidate.method, candidate.lora), out, naming=naming, config=config, on_progress=lambda _: None
     )
+
+
+def chosen_settings(manifest: Manifest) -> dict[str, Any]:
+    """The training settings of an artifact that are not its method's own: somebody chose them."""
+    own = dataclasses.asdict(METHODS[manifest.method].training())
+    return {n: value for n, value in dataclasses.asdict(manifest.training).items() if value != own[n]}
 
 
 def work(artifact: Path, samples: int, epochs: int) -> int:

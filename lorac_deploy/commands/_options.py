@@ -187,18 +187,19 @@ def add_device_options(p: argparse.ArgumentParser) -> None:
 
 
 def device_defaults(method: str, args: argparse.Namespace) -> TrainingDefaults:
-    """The settings of the device's training; ``--loss`` unless given is the method's.
+    """The settings of the device's training; ``--loss`` and ``--lr`` unless given are the method's.
 
     Their ranges are checked where the artifact is made. Raises ValueError for a loss that the method cannot use.
     """
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainingDefaults)}
-    return TrainingDefaults(**(given | {"loss": METHODS[method].loss_of(args.loss)}))
+    return METHODS[method].training(**_stated(given))
 
 
 def _add_schedule_options(p: argparse.ArgumentParser) -> None:
     t = TrainingDefaults()
     g = p.add_argument_group("defaults of the device's training (the device may override them)")
-    g.add_argument("--lr", type=float, default=t.lr, help="peak learning rate (default: %(default)s)")
+    own = "".join(f", {m.lr} for {name}" for name, m in METHODS.items() if m.lr != t.lr)
+    g.add_argument("--lr", type=float, help=f"peak learning rate (default: {t.lr}{own})")
     g.add_argument("--epochs", type=int, default=t.epochs, help="default: %(default)s")
     g.add_argument("--batch-size", type=int, default=t.batch_size, help="default: %(default)s")
     g.add_argument("--warmup", type=float, default=t.warmup, help="share of all steps (default: %(default)s)")

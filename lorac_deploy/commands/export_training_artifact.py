@@ -162,7 +162,7 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
     if (args.tflite == "int8") != (args.calibration is not None):
         p.error("--tflite int8 needs --calibration, and nothing else does")
     refuse_idle_lora_options(p, args)
-    refuse_idle_step_options(p, args, dataclasses.asdict(ARTIFACT.training))
+    refuse_idle_step_options(p, args, dataclasses.asdict(ARTIFACT.settings))
 
 
 def _config(args: argparse.Namespace) -> ArtifactConfig:

@@ -151,13 +151,11 @@ def _made(raw: Mapping[str, Any], training: Mapping[str, Any]) -> StudyMethod:
     method = METHODS[raw["method"]]
     lora = LoraConfig(**_tuples({n: raw[n] for n in raw if n in _LORA}))
     settings = {**training, **{n: raw[n] for n in raw if n in _TRAINING}}
-    if method.loss is not None:
-        settings = {"loss": method.loss, **settings}
     return StudyMethod(
         name=str(raw.get("name") or _label(raw)),
         method=method.name,
         lora=lora,
-        training=TrainingDefaults(**_tuples(settings)),
+        training=method.training(**_tuples(settings)),
         bn=cast("BnPolicy | None", raw.get("bn")),
         form=raw.get("form", "auto"),
         cache=None if "cache" not in raw else size_in_bytes(str(raw["cache"])),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import stat
 import struct
 import tokenize
@@ -24,6 +25,8 @@ from lorac_runtime.image_folder import read_folder
 from lorac_runtime.manifest import InputSpec
 from lorac_runtime.sample_ids import checked_ids
 from lorac_runtime.signals import as_signals, described
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 NEED_LABELS = "Only artifacts of the methods tent and recalibrate adapt a model without labels; others learn from them."
@@ -79,7 +82,7 @@ def load_data(
     ``labels``, integers 0 to classes - 1, (N,). Where all sides are equal, (N, H, W, C) is assumed. For a model that
     takes signals it holds ``samples`` instead, finite floats (N, features) or (N, channels, length).
     ``ids``, unique integers or strings, (N,), may name the samples for a cache of features.
-    Training needs two classes; for evaluation ``require_classes=1`` will do.
+    Training needs two classes, and warns of those without a sample; for evaluation ``require_classes=1`` will do.
 
     Raises DataError saying what was found and what was expected.
     """
@@ -112,6 +115,17 @@ def _check_labels(path: Path, data: LocalData, spec: InputSpec, class_names: Seq
             f"all {len(data)} {spec.key} of {path} are of class {class_names[present[0]]!r}: training on one class "
             f"teaches a model to always answer it. Add {spec.key} of other classes (at least {required})"
         )
+    if required > 1 and len(present) < len(class_names):
+        _warn_of_absent(path, present, spec, class_names)
+
+
+def _warn_of_absent(path: Path, present: Array, spec: InputSpec, class_names: Sequence[str]) -> None:
+    absent = [name for index, name in enumerate(class_names) if index not in present]
+    log.warning(
+        f"{path} has no {spec.key} of {len(absent)} of the {len(class_names)} classes "
+        f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}): training on the others makes a model forget "
+        f"these; add some of each, or expect answers among the other {len(present)}"
+    )
 
 
 def preprocess(images: Array, spec: InputSpec) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:

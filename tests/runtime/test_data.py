@@ -56,6 +56,24 @@ def test_images_of_either_channel_order_become_nhwc(tmp_path: Path, kind: str) -
         assert found.labels.dtype.isnative
 
 
+def test_classes_without_a_sample_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    few = npz(tmp_path, images=pixels(2, 4, 5, 3), labels=np.array([0, 2]))
+    load(few, require_classes=1)
+    assert not caplog.records
+    load(few)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "local.npz has no images of 1 of the 3 classes (bee): " in caplog.text
+    caplog.clear()
+    load(npz(tmp_path, images=pixels(3, 4, 5, 3), labels=np.array([0, 2, 1])))
+    assert not caplog.records
+
+
+def test_many_absent_classes_are_counted_and_the_first_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"class{i}" for i in range(40)]
+    load_data(npz(tmp_path, images=pixels(2, 4, 5, 3), labels=np.array([0, 39])), COLOUR, 40, names)
+    assert "no images of 38 of the 40 classes (class1, class2, class3, class4, class5, ...): " in caplog.text
+
+
 def test_images_of_one_channel_may_lack_the_channel_axis(tmp_path: Path) -> None:
     images = pixels(2, 4, 5)
     for stored in (images, images[..., None], images[:, None]):
@@ -358,14 +376,15 @@ def test_folders_that_are_no_classes_are_all_named(tmp_path: Path) -> None:
 def test_hidden_files_are_ignored_and_loose_files_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture(tmp_path / "ant" / "a.png")
     picture(tmp_path / "bee" / "a.png")
+    picture(tmp_path / "cat" / "a.png")
     (tmp_path / "ant" / ".DS_Store").write_bytes(b"x")
     (tmp_path / ".cache").mkdir()
     with caplog.at_level(logging.WARNING):
-        assert len(load(tmp_path)) == 2
+        assert len(load(tmp_path)) == 3
     assert not caplog.records
     (tmp_path / "labels.csv").write_text("a")
     with caplog.at_level(logging.WARNING):
-        assert len(load(tmp_path)) == 2
+        assert len(load(tmp_path)) == 3
     assert "labels.csv" in caplog.text
 
 

@@ -52,5 +52,6 @@ METHODS = (
         "gates over channels and positions at every block's input; the head in full",
         plan_attention,
         frozenset({"reduction", "blocks"}),
+        lr=0.01,
     ),
 )

@@ -18,4 +18,4 @@ def plan_head(network: Network, config: LoraConfig) -> Plan:
     return Plan("head", (), tuple(trainables), parts.frozen(network, config, trainables, "only the head trains"))
 
 
-METHODS = (Method("head", "the classifier alone", plan_head),)
+METHODS = (Method("head", "the classifier alone", plan_head, lr=0.03),)

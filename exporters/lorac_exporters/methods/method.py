@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from lorac_exporters.blocks import inside, require_blocks
 from lorac_exporters.methods.parts import OUTSIDE
@@ -21,7 +21,8 @@ class Method:
     any will do. ``batchnorm``: what it trains of batch normalisations beside what the BN policy implies; nothing
     ("constant"), the shift wherever that is a tensor of its own ("shift"), or scale and shift, for which they stay
     layers of the graph that trains under every policy ("live"). ``trains`` is False where there are forward passes
-    only, and no settings of steps. `policy` and `loss_of` say what a user's choice, or none, comes to.
+    only, and no settings of steps. ``lr``: the peak learning rate that suits it (measured, see docs/methods.md).
+    `policy`, `loss_of` and `training` say what a user's choice, or none, comes to.
 
     >>> from lorac_exporters.methods import METHODS
     >>> from lorac_exporters.plan import Layer
@@ -38,6 +39,7 @@ class Method:
     loss: str | None = None
     batchnorm: Literal["constant", "shift", "live"] = "constant"
     trains: bool = True
+    lr: float = TrainingDefaults.lr
 
     def __call__(self, network: Network, config: LoraConfig) -> Plan:
         """The plan for ``network``; words among ``config.blocks`` are resolved (see `lorac_exporters.stages`).
@@ -78,6 +80,17 @@ class Method:
         if self.loss not in (None, chosen):
             raise ValueError(f"method {self.name} does not go with loss {chosen!r}: choose {self.loss}")
         return chosen
+
+    def training(self, **given: Any) -> TrainingDefaults:
+        """The settings of the device's training: those ``given``, for the others what suits the method.
+
+        >>> from lorac_exporters.methods import METHODS
+        >>> METHODS["tent"].training(epochs=1).loss, METHODS["head"].training().lr
+        ('entropy', 0.03)
+
+        Raises ValueError for a loss that the method cannot train with.
+        """
+        return TrainingDefaults(**{"lr": self.lr} | given | {"loss": self.loss_of(given.get("loss"))})
 
 
 def _require_trained(network: Network, plan: Plan, blocks: tuple[str, ...]) -> None:

@@ -79,7 +79,12 @@ def _require_some(trainables: list[Trainable], what: str, config: LoraConfig) ->
 
 METHODS = (
     Method(
-        "bias", "every bias, and shifts of batch normalisations", plan_bias, frozenset({"blocks"}), batchnorm="shift"
+        "bias",
+        "every bias, and shifts of batch normalisations",
+        plan_bias,
+        frozenset({"blocks"}),
+        batchnorm="shift",
+        lr=0.01,
     ),
     Method(
         "bn",
@@ -88,6 +93,7 @@ METHODS = (
         frozenset({"blocks"}),
         bn_policies=("frozen", "batch"),
         batchnorm="live",
+        lr=0.01,
     ),
     Method(
         "recalibrate",

@@ -48,5 +48,6 @@ METHODS = (
         "low-rank branches from every block to the logits, past the frozen network (Skip-LoRA)",
         plan_skip,
         frozenset({"rank", "alpha", "blocks"}),
+        lr=0.03,
     ),
 )
