@@ -11,6 +11,7 @@ BENCHMARKS = {
     "forms": "which form of an adapter costs less, layer by layer; the cost model that chooses it",
     "fusing": "time and memory of fusing a ResNet-18 into its ONNX or TFLite file",
     "memory": "peak memory of fine-tuning, beside PyTorch and onnxruntime-training",
+    "page": "fill in the tables and plots of docs/results.md from finished benchmarks",
     "skip": "Skip2-LoRA: fine-tuning with skip adapters and a cache beside LoRA on all layers, accuracy and time",
     "setup": "make the Python environments that other benchmarks need",
     "startup": "seconds from starting the process to the end of the first step, beside PyTorch",

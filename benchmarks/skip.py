@@ -32,10 +32,11 @@ from lorac_deploy.train_config import DEFAULTS
 from lorac_deploy.trainer import train
 from lorac_exporters.artifact import ArtifactConfig
 from lorac_exporters.costs import artifact_costs
+from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines import Engine
-from lorac_runtime.manifest import ADAPTER, InputSpec, TrainingDefaults
+from lorac_runtime.manifest import ADAPTER, InputSpec
 from lorac_runtime.outputs import FUSED
 from lorac_runtime.session import finetune
 from lorac_runtime.training import History
@@ -50,7 +51,6 @@ class Way:
     name: str
     method: str
     lora: LoraConfig
-    lr: float
     cache: bool = False
 
 
@@ -82,18 +82,18 @@ class Row:
     adapter_sha256: str
 
 
-def ways(skip: int, low_rank: int, *, lr: float) -> tuple[Way, ...]:
+def ways(skip: int, low_rank: int) -> tuple[Way, ...]:
     """LoRA on all layers, and skip adapters without and with a cache; ranks that train about as many parameters."""
-    low = Way("lora-all", "lora-all", LoraConfig(rank=low_rank, rank_mode="r"), 1e-3)
-    plain = Way("skip", "skip", LoraConfig(rank=skip), lr)
+    low = Way("lora-all", "lora-all", LoraConfig(rank=low_rank, rank_mode="r"))
+    plain = Way("skip", "skip", LoraConfig(rank=skip))
     return (low, plain, dataclasses.replace(plain, name="skip, cache", cache=True))
 
 
 def rear_ways() -> tuple[Way, ...]:
     """Adapters in the last block, without and with a cache, beside adapters everywhere."""
-    rear = Way("lora-c rear", "lora-c", LoraConfig(blocks=("rear",)), 1e-3)
+    rear = Way("lora-c rear", "lora-c", LoraConfig(blocks=("rear",)))
     return (
-        Way("lora-c", "lora-c", LoraConfig(), 1e-3),
+        Way("lora-c", "lora-c", LoraConfig()),
         rear,
         dataclasses.replace(rear, name="lora-c rear, cache", cache=True),
     )
@@ -113,7 +113,7 @@ def cifar_cases(work: Path, data: Path, count: int) -> list[Case]:
             kind, severity = name.split(":")
             np.savez(local, images=corrupt(pixels, kind, int(severity), seed=2), labels=labels)
             np.savez(drifted, images=corrupt(test, kind, int(severity), seed=1), labels=answers)
-        cases.append(Case(f"ResNet-20, {name}", base, local, drifted, ways(8, 1, lr=3e-2)))
+        cases.append(Case(f"ResNet-20, {name}", base, local, drifted, ways(8, 1)))
         cases.append(Case(f"ResNet-20, {name}, last block", base, local, drifted, rear_ways()))
     return cases
 
@@ -128,7 +128,7 @@ def fan_case(work: Path, data: Path) -> Case:
     for name, part in (("fan", local), ("fan-test", test)):
         np.savez(work / f"{name}.npz", samples=part.images, labels=part.labels)
     base = _fan_network(work / "fan-base", silent)
-    return Case("fan, silent to noisy", base, work / "fan.npz", work / "fan-test.npz", ways(4, 4, lr=3e-2))
+    return Case("fan, silent to noisy", base, work / "fan.npz", work / "fan-test.npz", ways(4, 4))
 
 
 def measure(case: Case, work: Path, epochs: int, rounds: int) -> list[Row]:
@@ -202,7 +202,7 @@ def table(rows: list[Row]) -> str:
 def _exported(case: Case, way: Way, work: Path, epochs: int) -> Path:
     out = work / "artifacts" / hashlib.sha256(f"{case.name} {way.name}".encode()).hexdigest()[:12]
     out.parent.mkdir(exist_ok=True)
-    training = TrainingDefaults(epochs=epochs, lr=way.lr)
+    training = METHODS[way.method].training(epochs=epochs)
     config = ArtifactConfig(lora=way.lora, method=way.method, engine="onnxruntime", tflite="none", training=training)
     export_training_artifact(case.base, out, config=config, on_progress=lambda _: None)
     return out

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lorac_deploy.advise import DEFAULT_METHODS
 from lorac_deploy.commands._common import guarded
 from lorac_deploy.commands._options import names
+from lorac_deploy.commands._progress import counted
 from lorac_exporters.methods import METHODS
 
 if TYPE_CHECKING:
@@ -59,17 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     out = args.out or args.artifact.with_name(f"{args.artifact.name}-advised")
     check_replaceable(out)
-    with _progress() as progress:
-        task = progress.add_task("reading", total=None)
+    with counted("reading") as told:
         advice = advise(
             args.artifact,
             args.data,
             methods=args.methods,
             lora=LoraConfig(rank=args.rank, seed=args.seed),
             trial=Trial(seed=args.seed),
-            on_progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+            on_progress=told,
         )
-        progress.update(task, description="writing the chosen artifact")
+        told("writing the chosen artifact", 0, None)
         export_choice(args.artifact, advice, out)
     out.with_name(f"{out.name}.json").write_text(advice.to_json(), encoding="utf-8")
     if args.json:
@@ -77,11 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _show(advice, out)
     return 0
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def _show(advice: Advice, out: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lorac_deploy.commands._common import guarded
+from lorac_deploy.commands._progress import counted
 
 if TYPE_CHECKING:
     from lorac_deploy.study.summary import Table
@@ -65,20 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lorac_deploy.study.runner import run_study
 
     config, out = read_config(args.config), args.out or args.config.with_suffix("")
-    with _progress() as progress:
-        task = progress.add_task("reading", total=None)
-        rows = run_study(
-            config,
-            out,
-            workers=args.workers,
-            on_progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
-        )
+    with counted("reading") as told:
+        rows = run_study(config, out, workers=args.workers, on_progress=told)
     return _report(rows, out, config.target_gain)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def _report(rows: list[Row], out: Path, target_gain: float) -> int:
