@@ -63,6 +63,17 @@ def test_a_method_has_a_learning_rate_of_its_own_here_and_on_a_device() -> None:
         assert method.training(lr=0.5, epochs=2) == TrainingDefaults(lr=0.5, epochs=2, loss=method.loss_of())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_form_is_refused_where_there_are_no_adapters(name: str) -> None:
+    method = METHODS[name]
+    assert method.adapts == name.startswith("lora-")
+    if method.adapts:
+        assert ArtifactConfig(method=name, form="weight").form == "weight"
+        return
+    with pytest.raises(ValueError, match=f"form 'weight' is one of adapters, and method {name} has none: leave it out"):
+        ArtifactConfig(method=name, form="weight")
+
+
 def test_every_option_that_a_method_heeds_is_a_setting() -> None:
     fields = set(LoraConfig.__dataclass_fields__) - {"seed"}
     assert all(method.options <= fields for method in METHODS.values())

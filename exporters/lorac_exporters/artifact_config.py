@@ -47,6 +47,8 @@ class ArtifactConfig:
         problems = [*training_problems(self.settings), *_engine_problems(self.engine, self.settings)]
         if self.form not in FORM_CHOICES:
             problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
+        elif self.form != "auto" and not METHODS[self.method].adapts:
+            problems.append(f"form {self.form!r} is one of adapters, and method {self.method} has none: leave it out")
         if self.tflite not in TFLITE_CHOICES:
             problems.append(f"tflite {self.tflite!r} is not one of {', '.join(TFLITE_CHOICES)}")
         if problems:

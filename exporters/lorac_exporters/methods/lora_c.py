@@ -187,13 +187,24 @@ def _adapter_tensors(adapter: Adapter, *, freeze_a: bool) -> list[Trainable]:
 
 METHODS = (
     Method(
-        "lora-c", "low-rank adapters on every convolution but the first; stem and head in full", plan_lora_c, LAYER_WISE
+        "lora-c",
+        "low-rank adapters on every convolution but the first; stem and head in full",
+        plan_lora_c,
+        LAYER_WISE,
+        adapts=True,
     ),
-    Method("lora-kernel", "lora-c with a pair of factors for each output channel", plan_lora_kernel, KERNEL_WISE),
+    Method(
+        "lora-kernel",
+        "lora-c with a pair of factors for each output channel",
+        plan_lora_kernel,
+        KERNEL_WISE,
+        adapts=True,
+    ),
     Method(
         "lora-all",
         "low-rank adapters on every layer, stem and head too; no weight in full",
         plan_lora_all,
         LAYER_WISE - {"small_layers", "linear"},
+        adapts=True,
     ),
 )

@@ -21,8 +21,9 @@ class Method:
     any will do. ``batchnorm``: what it trains of batch normalisations beside what the BN policy implies; nothing
     ("constant"), the shift wherever that is a tensor of its own ("shift"), or scale and shift, for which they stay
     layers of the graph that trains under every policy ("live"). ``trains`` is False where there are forward passes
-    only, and no settings of steps. ``lr``: the peak learning rate that suits it (measured, see docs/methods.md).
-    `policy`, `loss_of` and `training` say what a user's choice, or none, comes to.
+    only, and no settings of steps. ``adapts``: whether layers get adapters, whose form can be chosen. ``lr``: the peak
+    learning rate that suits it (measured: docs/results.md). `policy`, `loss_of` and `training` say what a user's choice,
+    or none, comes to.
 
     >>> from lorac_exporters.methods import METHODS
     >>> from lorac_exporters.plan import Layer
@@ -39,6 +40,7 @@ class Method:
     loss: str | None = None
     batchnorm: Literal["constant", "shift", "live"] = "constant"
     trains: bool = True
+    adapts: bool = False
     lr: float = TrainingDefaults.lr
 
     def __call__(self, network: Network, config: LoraConfig) -> Plan:
