@@ -43,7 +43,8 @@ def methods(work: Path, data: Path) -> Table:
 
 def labels(work: Path, data: Path) -> Table:
     """Every method with 0, 10, 20 and 40 % wrong labels."""
-    return _cifar(work, data, "resnet20") | _every_method() | {"wrong_labels": [0.0, 0.1, 0.2, 0.4]}
+    grid = {"drifts": ["gaussian_noise:5"], "wrong_labels": [0.0, 0.1, 0.2, 0.4]}
+    return _cifar(work, data, "resnet20") | _every_method() | grid
 
 
 def ranks(work: Path, data: Path) -> Table:
