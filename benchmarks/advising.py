@@ -32,7 +32,8 @@ NEAR = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case: what was chosen, the accuracy of every block on test images, and the blocks' relative gradients."""
+    """A case: what was chosen, the accuracy of every block on test images, the blocks' relative gradients, and of
+    every candidate its accuracies in trials and the multiply-adds of a whole run."""
 
     drift: str
     size: int
@@ -40,6 +41,8 @@ class Row:
     chosen: str
     accuracies: dict[str, float]
     scores: dict[str, float]
+    trials: dict[str, tuple[float, ...]]
+    work: dict[str, int]
 
     @property
     def best(self) -> str:
@@ -57,18 +60,21 @@ class Row:
         return max(self.scores, key=lambda block: self.scores[block])
 
 
-def measure(bench: Bench, artifact: Path, drift: StudyDrift, size: int, seed: int) -> Row:
+def measure(bench: Bench, artifact: Path, trial: Trial, drift: StudyDrift, size: int, seed: int) -> Row:
     """Ask for advice on one case of the study."""
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "local.npz"
         local = read_local(bench, drift, seed, size, artifact)
         write_local(data, local, local.labels, artifact)
-        found = advise(artifact, data, methods=("head", "blocks"), trial=Trial(seed=seed, threads=1))
-    chosen = found.chosen.candidate
+        found = advise(artifact, data, methods=("head", "blocks"), trial=dataclasses.replace(trial, seed=seed))
+    options = {option.candidate.block or option.candidate.method: option for option in found.options}
+    chosen = next(name for name, option in options.items() if option is found.chosen)
     rows = [read_row(row_file(bench, cell)) for cell in grid(bench.config)]
     same = [r for r in rows if r is not None and (r.drift, r.size, r.seed, r.wrong) == (drift.name, size, seed, 0.0)]
     accuracies = {row.method: row.drifted for row in same if row.method in BLOCKS and row.drifted is not None}
-    return Row(drift.name, size, seed, chosen.block or chosen.method, accuracies, found.scores)
+    trials = {name: option.score.after for name, option in options.items()}
+    work = {name: option.work for name, option in options.items()}
+    return Row(drift.name, size, seed, chosen, accuracies, found.scores, trials, work)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         export_training_artifact(config.checkpoint, artifact, on_progress=lambda _: None)
         cases = list(itertools.product(config.drifts, config.sizes, config.seeds))
         with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(measure, bench, artifact, *case) for case in cases]
+            futures = [pool.submit(measure, bench, artifact, Trial(threads=1), *case) for case in cases]
             rows = [future.result() for future in futures]
     print(table(rows))
     result = {"environment": environment(), "rows": [dataclasses.asdict(row) for row in rows]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -104,8 +105,8 @@ def advise(
 
 def choose(options: list[Option]) -> tuple[Option, str]:
     """The best of those that reached the last round, or the cheapest that is as good; and why."""
-    last = max(o.score.epochs for o in options)
-    finalists = [o for o in options if o.score.epochs == last and o.score.failed is None] or options
+    last = max(len(o.score.after) for o in options)
+    finalists = [o for o in options if len(o.score.after) == last and o.score.failed is None] or options
     best = max(finalists, key=lambda o: o.score.accuracy)
     near = [o for o in finalists if o.score.accuracy >= best.score.accuracy - NEAR]
     cheapest = min(near, key=lambda o: o.work)
@@ -170,7 +171,7 @@ def _option(candidate: Candidate, folder: Path, score: Score, samples: int, epoc
         trained=load(folder).trained_parameters,
         work=work(folder, samples, epochs),
         peak=_peak(folder, manifest.training.batch_size),
-        seconds=score.step_seconds * steps,
+        seconds=statistics.median(score.step_seconds or (0.0,)) * steps,
         score=score,
     )
 

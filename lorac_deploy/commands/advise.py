@@ -99,7 +99,7 @@ def _table(advice: Advice) -> Table:
     for column in (
         "what trains",
         "parameters",
-        "trial epochs",
+        "trials",
         "held-out %",
         "gain",
         "G multiply-adds",
@@ -112,5 +112,5 @@ def _table(advice: Advice) -> Table:
         found = (f"{100 * s.accuracy:.1f}", f"{100 * s.gain:+.1f}") if s.failed is None else ("diverged", "")
         costs = (f"{option.work / 1e9:,.1f}", f"{option.seconds:,.1f} s", f"{option.peak / 1e6:,.0f}")
         style = "bold green" if option is advice.chosen else ""
-        table.add_row(option.candidate.label, f"{option.trained:,}", str(s.epochs), *found, *costs, style=style)
+        table.add_row(option.candidate.label, f"{option.trained:,}", str(len(s.after)), *found, *costs, style=style)
     return table
