@@ -13,16 +13,16 @@ from torch import nn
 from lorac_deploy.advise.advice import Advice, Option, advise, choose, export_choice
 from lorac_deploy.advise.candidates import Candidate, candidates, export_candidate
 from lorac_deploy.advise.sensitivity import block_scores, relative_gradients
-from lorac_deploy.advise.trial import Score, Trial
+from lorac_deploy.advise.trial import Score, Trial, better_half, run_trials
 from lorac_deploy.commands.advise import main
 from lorac_exporters.memory_plan import read_graphs
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.data import LocalData, preprocess
-from lorac_runtime.errors import ConversionError, DataError
+from lorac_runtime.errors import ConversionError, DataError, DivergenceError
 from lorac_runtime.manifest import load
 
-QUICK = Trial(rounds=((2, 1), (3, 1)))
+QUICK = Trial(epochs=2, splits=(1, 2))
 
 
 def net() -> nn.Sequential:
@@ -103,13 +103,13 @@ def test_without_blocks_only_methods_of_the_whole_network_are_tried() -> None:
     assert [c.label for c in found] == ["head", "lora-c"]
 
 
-def option(label: str, accuracy: float, *, work: int = 100, epochs: int = 5, failed: str | None = None) -> Option:
-    score = Score((0.1,), (accuracy,), epochs, 0.01, failed)
+def option(label: str, *accuracies: float, work: int = 100, failed: str | None = None) -> Option:
+    score = Score((0.1,) * len(accuracies), accuracies, (0.01,) * len(accuracies), failed)
     return Option(Candidate(label, None, LoraConfig()), 10, work, 10, 1.0, score)
 
 
 def test_the_best_of_the_last_round_is_chosen() -> None:
-    options = [option("a", 0.8), option("b", 0.7), option("c", 0.9, epochs=2)]
+    options = [option("a", 0.7, 0.9), option("b", 0.7, 0.8), option("c", 0.9)]
     assert choose(options)[0].candidate.method == "a"
 
 
@@ -120,7 +120,32 @@ def test_a_cheaper_one_within_a_point_is_chosen_instead() -> None:
 
 
 def test_a_candidate_that_diverged_is_not_chosen() -> None:
-    assert choose([option("a", 0.9, failed="nan"), option("b", 0.2)])[0].candidate.method == "b"
+    assert choose([option("a", 0.9, 0.9, failed="nan"), option("b", 0.2, 0.2)])[0].candidate.method == "b"
+    assert choose([option("a", 0.9, 0.9, failed="nan"), option("b", 0.2)])[0].candidate.method == "b"
+
+
+def test_where_everything_diverged_nothing_is_chosen() -> None:
+    with pytest.raises(DivergenceError, match=r"no trial came to an end:\n  - a: the loss is nan\n  - b: it is inf"):
+        choose([option("a", failed="the loss is nan"), option("b", 0.3, failed="it is inf")])
+
+
+def test_scores_add_up_over_splits_and_the_better_half_goes_on(artifact: Path) -> None:
+    manifest = load(artifact)
+    graphs = read_graphs(artifact, manifest)
+    folders = [artifact.parent / f"trial-{method}" for method in ("head", "full", "lora-c")]
+    for folder, method in zip(folders, ("head", "full", "lora-c"), strict=True):
+        export_candidate(graphs, manifest, Candidate(method, None, LoraConfig(rank=1)), folder)
+    told: list[tuple[int, int]] = []
+    first = run_trials(folders, data(48), Trial(epochs=1, splits=(1,)), on_progress=_ignore)
+    found = run_trials(folders, data(48), Trial(epochs=1, splits=(1, 3)), on_progress=lambda *a: told.append(a))
+    assert [s.after[:1] for s in found] == [s.after for s in first]
+    kept = better_half(range(3), [s.accuracy for s in first])
+    assert [len(s.after) for s in found] == [3 if i in kept else 1 for i in range(3)]
+    assert told == [(1, 7), (2, 7), (3, 7), (5, 7), (7, 7)]
+
+
+def _ignore(_done: int, _total: int) -> None:
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +164,9 @@ def test_everything_that_was_tried_is_told(advice: Advice) -> None:
     assert set(advice.scores) == {"front", "middle", "rear", "head"}
     assert max(advice.scores.values()) == 1.0
     assert advice.chosen in advice.options
-    kept = [o for o in advice.options if o.score.epochs == 3]
+    kept = [o for o in advice.options if len(o.score.after) == 2]
     assert len(kept) == (len(advice.options) + 1) // 2
-    assert all(len(o.score.after) == len(o.score.before) == 1 for o in advice.options)
+    assert all(len(o.score.after) == len(o.score.before) >= 1 for o in advice.options)
     told = json.loads(advice.to_json())
     assert told["chosen"]["candidate"]["method"] == advice.chosen.candidate.method
 
@@ -197,9 +222,8 @@ def test_methods_that_do_not_fit_are_all_told(artifact: Path, tmp_path: Path) ->
 
 
 def test_the_command_shows_the_choice_and_writes_it(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lorac_deploy.advise.trial.Trial.rounds", ((1, 1),))
     arguments = [str(artifact), "--data", str(saved(tmp_path, data(24))), "--methods", "head,blocks", "--out"]
     assert main([*arguments, str(tmp_path / "chosen")]) == 0
     shown = capsys.readouterr().out

@@ -23,7 +23,7 @@ from lorac_exporters.prefix import PREFIX
 from lorac_exporters.stages import blocks_of
 from lorac_exporters.training_step import TRAIN
 from lorac_runtime.data import LocalData, load_data
-from lorac_runtime.errors import ConversionError, DataError, listed
+from lorac_runtime.errors import ConversionError, DataError, DivergenceError, listed
 from lorac_runtime.manifest import Manifest, load, verify_files
 
 NEAR = 0.01  # accuracies that differ by less count as equal; the cheaper method is then chosen
@@ -84,7 +84,8 @@ def advise(
     on a part of the data, and the better half for some more. The one with the best accuracy on held-out samples is
     chosen, or the cheapest of those within a point of it. The type of the drift is told to nobody.
 
-    Raises ArtifactError, DataError; ConversionError if none of ``methods`` fits the network.
+    Raises ArtifactError, DataError; ConversionError if none of ``methods`` fits the network, DivergenceError if all
+    trials diverged.
     """
     manifest, graphs, local = _read(artifact, data)
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,9 +105,16 @@ def advise(
 
 
 def choose(options: list[Option]) -> tuple[Option, str]:
-    """The best of those that reached the last round, or the cheapest that is as good; and why."""
-    last = max(len(o.score.after) for o in options)
-    finalists = [o for o in options if len(o.score.after) == last and o.score.failed is None] or options
+    """The best of those that reached the last round, or the cheapest that is as good; and why.
+
+    Raises DivergenceError where every trial failed.
+    """
+    sound = [o for o in options if o.score.failed is None]
+    if not sound:
+        failures = [f"{o.candidate.label}: {o.score.failed}" for o in options]
+        raise DivergenceError(listed("no trial came to an end:", failures))
+    last = max(len(o.score.after) for o in sound)
+    finalists = [o for o in sound if len(o.score.after) == last]
     best = max(finalists, key=lambda o: o.score.accuracy)
     near = [o for o in finalists if o.score.accuracy >= best.score.accuracy - NEAR]
     cheapest = min(near, key=lambda o: o.work)
