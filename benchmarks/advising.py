@@ -12,9 +12,10 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.environment import environment
@@ -25,6 +26,7 @@ from lorac_deploy.study.bench import Bench, open_bench, read_local, write_local
 from lorac_deploy.study.cells import grid
 from lorac_deploy.study.config import StudyDrift, read_config
 from lorac_deploy.study.worker import read_row, row_file
+from lorac_exporters.artifact import ArtifactConfig
 
 BLOCKS = ("front", "middle", "rear", "head")
 NEAR = 0.01
@@ -88,10 +90,13 @@ def main(argv: Sequence[str]) -> int:
     bench = open_bench(config, args.study.with_suffix(""))
     with tempfile.TemporaryDirectory() as scratch:
         artifact = Path(scratch) / "artifact"
-        export_training_artifact(config.checkpoint, artifact, on_progress=lambda _: None)
+        settings = ArtifactConfig(training=config.methods[0].training)
+        export_training_artifact(config.checkpoint, artifact, config=settings, on_progress=lambda _: None)
         cases = list(itertools.product(config.drifts, config.sizes, config.seeds))
         with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             futures = [pool.submit(measure, bench, artifact, Trial(threads=1), *case) for case in cases]
+            for count, _ in enumerate(as_completed(futures), 1):
+                print(f"{count} of {len(cases)} cases", file=sys.stderr)
             rows = [future.result() for future in futures]
     print(table(rows))
     result = {"environment": environment(), "rows": [dataclasses.asdict(row) for row in rows]}

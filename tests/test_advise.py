@@ -22,7 +22,7 @@ from lorac_runtime.data import LocalData, preprocess
 from lorac_runtime.errors import ConversionError, DataError, DivergenceError
 from lorac_runtime.manifest import load
 
-QUICK = Trial(epochs=2, splits=(1, 2))
+QUICK = Trial(steps=4, evidence=(10, 20))  # one split, then another
 
 
 def net() -> nn.Sequential:
@@ -136,8 +136,8 @@ def test_scores_add_up_over_splits_and_the_better_half_goes_on(artifact: Path) -
     for folder, method in zip(folders, ("head", "full", "lora-c"), strict=True):
         export_candidate(graphs, manifest, Candidate(method, None, LoraConfig(rank=1)), folder)
     told: list[tuple[int, int]] = []
-    first = run_trials(folders, data(48), Trial(epochs=1, splits=(1,)), on_progress=_ignore)
-    found = run_trials(folders, data(48), Trial(epochs=1, splits=(1, 3)), on_progress=lambda *a: told.append(a))
+    first = run_trials(folders, data(48), Trial(steps=2, evidence=(10,)), on_progress=_ignore)
+    found = run_trials(folders, data(48), Trial(steps=2, evidence=(10, 40)), on_progress=lambda *a: told.append(a))
     assert [s.after[:1] for s in found] == [s.after for s in first]
     kept = better_half(range(3), [s.accuracy for s in first])
     assert [len(s.after) for s in found] == [3 if i in kept else 1 for i in range(3)]

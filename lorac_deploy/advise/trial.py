@@ -14,22 +14,47 @@ from lorac_deploy.quiet import quiet_runtime
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.data import LocalData
 from lorac_runtime.errors import DivergenceError
-from lorac_runtime.manifest import Manifest, load
+from lorac_runtime.manifest import Manifest, TrainingDefaults, load
 from lorac_runtime.session import finetune
 
+MOST_SPLITS = 6
 CACHE = 1 << 30  # bytes of disk that a trial may take for the features of a frozen front part
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """How trials are made: share of the data held out, epochs, on how many splits a candidate has been tried after each
-    round, threads (None: the engine's own choice)."""
+    """How trials are made: share of the data held out, threads (None: the engine's own choice).
+
+    A trial makes as many steps as the run that it stands for, on all data, would make, but no more than ``steps``.
+    ``evidence``: on how many held-out samples, over all splits, a candidate has been judged after each round. Few data
+    are split more often, up to `MOST_SPLITS` times, so that a trial costs much the same for few as for many.
+    """
 
     held_out: float = 0.3
-    epochs: int = 5
-    splits: tuple[int, ...] = (1, 3)
+    steps: int = 150
+    evidence: tuple[int, ...] = (300, 900)
     seed: int = 0
     threads: int | None = None
+
+    def epochs(self, samples: int, training: TrainingDefaults) -> int:
+        """Passes over the part of the data that is not held out.
+
+        >>> Trial().epochs(1000, TrainingDefaults(epochs=10)), Trial().epochs(100, TrainingDefaults(epochs=10))
+        (7, 13)
+        """
+        kept = samples - round(self.held_out * samples)
+        whole, part = (-(-count // training.batch_size) for count in (samples, kept))
+        return max(1, round(min(self.steps, training.epochs * whole) / part))
+
+    def rounds(self, samples: int) -> list[tuple[int, int]]:
+        """(splits before, splits after) of each round.
+
+        >>> Trial().rounds(1000), Trial().rounds(400), Trial().rounds(60)
+        ([(0, 1), (1, 3)], [(0, 3), (3, 6)], [(0, 6)])
+        """
+        held_out = max(1, round(self.held_out * samples))
+        splits = [min(MOST_SPLITS, -(-wanted // held_out)) for wanted in self.evidence]
+        return [pair for pair in zip((0, *splits), splits, strict=False) if pair[0] < pair[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +89,15 @@ def run_trials(
     """
     scores = [Score() for _ in artifacts]
     alive = list(range(len(artifacts)))
-    total, done = _runs(len(artifacts), trial), 0
+    rounds, epochs = trial.rounds(len(data)), trial.epochs(len(data), load(artifacts[0]).training)
+    total, done = _runs(len(artifacts), rounds), 0
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "local.npz"
         _write(path, data, load(artifacts[0]))
-        for before, splits in _rounds(trial):
+        for before, splits in rounds:
             for index in alive:
                 for split in range(before, splits):
-                    scores[index] = _tried(scores[index], artifacts[index], path, trial, split)
+                    scores[index] = _tried(scores[index], artifacts[index], path, trial, epochs=epochs, split=split)
                 done += splits - before
                 on_progress(done, total)
             alive = better_half(alive, [score.accuracy for score in scores])
@@ -87,26 +113,21 @@ def better_half(alive: Sequence[int], accuracies: Sequence[float]) -> list[int]:
     return sorted(alive, key=lambda i: -accuracies[i])[: (len(alive) + 1) // 2]
 
 
-def _rounds(trial: Trial) -> list[tuple[int, int]]:
-    """(splits before, splits after) of each round."""
-    return list(zip((0, *trial.splits), trial.splits, strict=False))
-
-
-def _runs(candidates: int, trial: Trial) -> int:
+def _runs(candidates: int, rounds: list[tuple[int, int]]) -> int:
     count = 0
-    for before, splits in _rounds(trial):
+    for before, splits in rounds:
         count += candidates * (splits - before)
         candidates = (candidates + 1) // 2
     return count
 
 
-def _tried(score: Score, artifact: Path, data: Path, trial: Trial, split: int) -> Score:
+def _tried(score: Score, artifact: Path, data: Path, trial: Trial, *, epochs: int, split: int) -> Score:
     """The score with one more split."""
     if score.failed is not None:
         return score
     with tempfile.TemporaryDirectory() as out:
         config = FinetuneConfig(
-            epochs=trial.epochs,
+            epochs=epochs,
             val_fraction=trial.held_out,
             seed=trial.seed + split,
             threads=trial.threads,
