@@ -22,9 +22,10 @@ from lorac_deploy.study_data import vendor_split
 POOL = 5000  # training images that local data are drawn from
 CORRUPTIONS = ("gaussian_noise", "impulse_noise", "contrast", "jpeg_compression", "fog", "defocus_blur")
 DRIFTS = [f"{name}:5" for name in CORRUPTIONS]
-SHORT = {"epochs": 5}
-VENDORS = ("microsoft", "samsung")
 Table = dict[str, Any]
+SHORT = {"epochs": 5}
+AT_THE_END: Table = {"training": SHORT, "curve": False}
+VENDORS = ("microsoft", "samsung")
 
 
 def blocks(work: Path, data: Path) -> Table:
@@ -43,7 +44,7 @@ def methods(work: Path, data: Path) -> Table:
 
 def labels(work: Path, data: Path) -> Table:
     """Every method with 0, 10, 20 and 40 % wrong labels."""
-    grid = {"drifts": ["gaussian_noise:5"], "wrong_labels": [0.0, 0.1, 0.2, 0.4]}
+    grid = {"drifts": ["gaussian_noise:5"], "wrong_labels": [0.0, 0.1, 0.2, 0.4], "curve": False}
     return _cifar(work, data, "resnet20") | _every_method() | grid
 
 
@@ -62,7 +63,7 @@ def ranks(work: Path, data: Path) -> Table:
     made += [{"name": "r=4 learnable alpha", "method": "lora-c", "learnable_alpha": True}]
     made += [{"name": "r=4 frozen A", "method": "lora-c", "freeze_a": True}]
     made += [{"name": "r=4 kernel-wise", "method": "lora-kernel", "small_layers": "adapter"}]
-    grid = {"drifts": ["gaussian_noise:5", "contrast:5"], "seeds": [0, 1], "training": SHORT}
+    grid = {"drifts": ["gaussian_noise:5", "contrast:5"], "seeds": [0, 1], **AT_THE_END}
     return _cifar(work, data, "resnet20") | grid | {"methods": made}
 
 
@@ -72,13 +73,13 @@ def rates(work: Path, data: Path) -> Table:
     tried |= dict.fromkeys(("skip", "bias", "bn", "attention"), tried["head"])
     tried |= dict.fromkeys(("lora-all", "paca", "full"), tried["lora-c"])
     made = [{"method": method, "lr": rate} for method, found in tried.items() for rate in found]
-    grid = {"drifts": ["contrast:5", "flip"], "sizes": [500], "seeds": [0, 1], "training": SHORT}
+    grid = {"drifts": ["contrast:5", "flip"], "sizes": [500], "seeds": [0, 1], **AT_THE_END}
     return _cifar(work, data, "resnet20") | grid | {"methods": made}
 
 
 def deep(work: Path, data: Path) -> Table:
     """LoRA-C against full and head on a ResNet-56."""
-    grid = {"drifts": DRIFTS[:4], "seeds": [0, 1], "training": SHORT}
+    grid = {"drifts": DRIFTS[:4], "seeds": [0, 1], **AT_THE_END}
     return _cifar(work, data, "resnet56") | grid | {"methods": _three()}
 
 
@@ -92,7 +93,7 @@ def icons(work: Path, data: Path) -> Table:
             np.savez(work / f"{name}.npz", images=part.images, labels=part.labels)
         drifts.append({"name": f"without {vendor}", "data": f"{vendor}.npz", "test": f"{vendor}-test.npz"})
     first = {"checkpoint": base.name, "data": f"{VENDORS[0]}.npz", "test": f"{VENDORS[0]}-test.npz"}
-    grid = {"drifts": drifts, "sizes": [3000], "seeds": [0, 1], "training": {"epochs": 10}}
+    grid = {"drifts": drifts, "sizes": [3000], "seeds": [0, 1], "training": {"epochs": 10}, "curve": False}
     return first | grid | {"methods": _three()}
 
 

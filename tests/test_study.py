@@ -103,6 +103,17 @@ def test_every_cell_of_the_grid_has_a_row_with_accuracies_and_costs(folder: Path
     assert all([accuracy for _, accuracy in row.curve][-1] == row.drifted and len(row.curve) == 3 for row in rows)
 
 
+def test_without_a_curve_results_are_the_same_and_seconds_are_told(folder: Path) -> None:
+    before = run(folder)
+    config = (folder / "study.toml").read_text()
+    (folder / "study.toml").write_text("curve = false\n" + config)
+    shutil.rmtree(folder / "study" / "cells")
+    (folder / "study" / "cells").mkdir()
+    after = run(folder)
+    assert [(row.drifted, row.clean) for row in after] == [(row.drifted, row.clean) for row in before]
+    assert all(row.curve == () and row.seconds is not None and row.seconds > 0 for row in after)
+
+
 def test_a_rows_accuracy_is_that_of_the_fused_file_on_the_drifted_test_samples(folder: Path) -> None:
     rows = run(folder)
     config = read_config(folder / "study.toml")

@@ -53,6 +53,13 @@ def test_a_method_without_a_name_is_called_by_its_settings(tmp_path: Path) -> No
     assert lora.name == "lora-c rank=2 blocks=layer2,fc lr=0.01 cache=1MB"
 
 
+def test_a_curve_is_taken_unless_told_otherwise(tmp_path: Path) -> None:
+    assert read_config(written(tmp_path, GOOD)).curve is True
+    assert read_config(written(tmp_path, "curve = false\n" + GOOD)).curve is False
+    with pytest.raises(StudyError, match="curve: expected true or false, got 'no'"):
+        read_config(written(tmp_path, 'curve = "no"\n' + GOOD))
+
+
 def test_a_method_without_a_learning_rate_has_its_own(tmp_path: Path) -> None:
     head = GOOD.replace('method = "full"\nbn = "batch"', 'method = "head"')
     assert [m.training.lr for m in read_config(written(tmp_path, head)).methods] == [0.01, 0.03]

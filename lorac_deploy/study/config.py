@@ -60,7 +60,8 @@ class StudyConfig:
 
     ``checkpoint`` is a folder of `lorac-deploy train`, ``data`` the .npz file that local data are drawn from, ``test``
     the one that accuracy is measured on. ``target_gain`` is the share of the best method's gain that counts as
-    reached, for samples and seconds needed.
+    reached, for samples and seconds needed. Without ``curve`` accuracy is taken at the end only, not after each epoch,
+    and there are no seconds to the target.
     """
 
     checkpoint: Path
@@ -72,6 +73,7 @@ class StudyConfig:
     wrong_labels: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0,)
     target_gain: float = 0.9
+    curve: bool = True
 
 
 def read_config(path: Path) -> StudyConfig:
@@ -105,7 +107,14 @@ def _study(raw: Mapping[str, Any], folder: Path, problems: list[str]) -> StudyCo
     if problems:
         return None
     gain = {"target_gain": float(raw["target_gain"])} if "target_gain" in raw else {}
-    found = StudyConfig(**paths, methods=_kept(methods), drifts=_kept(drifts), **lists, **gain)  # type: ignore[arg-type]
+    found = StudyConfig(
+        **paths,  # type: ignore[arg-type]
+        methods=_kept(methods),
+        drifts=_kept(drifts),
+        **lists,  # type: ignore[arg-type]
+        **gain,  # type: ignore[arg-type]
+        curve=raw.get("curve", True),
+    )
     problems += _contradictions(found)
     return found
 
@@ -199,6 +208,8 @@ def _contradictions(config: StudyConfig) -> list[str]:
         problems += [] if getattr(config, name) else [f"{name}: is empty"]
     problems += [f"sizes: {size} is less than 2" for size in config.sizes if size < 2]
     problems += [f"wrong_labels: {share} is not below 1" for share in config.wrong_labels if share >= 1]
+    if not isinstance(config.curve, bool):
+        problems.append(f"curve: expected true or false, got {config.curve!r}")
     if not 0 < config.target_gain <= 1:
         problems.append(f"target_gain: must be above 0 and at most 1, got {config.target_gain}")
     return problems

@@ -91,18 +91,23 @@ def read_row(path: Path) -> Row | None:
 
 
 class Curve:
-    """Called after each epoch, it takes the accuracy on test samples.
+    """Called after each epoch, it takes the accuracy on test samples, where there are any.
 
-    ``points`` are (seconds of training, accuracy).
+    ``points`` are (seconds of training, accuracy), ``seconds`` those of all of the training.
     """
 
-    def __init__(self, test: LocalData, manifest: Manifest) -> None:
+    def __init__(self, test: LocalData | None, manifest: Manifest) -> None:
         self.points: list[tuple[float, float]] = []
-        self._samples = Samples(test, np.arange(len(test)), manifest.input, manifest.training.batch_size)
+        self.seconds: float | None = None
+        batch = manifest.training.batch_size
+        self._samples = None if test is None else Samples(test, np.arange(len(test)), manifest.input, batch)
         self._features: dict[bytes, Mapping[str, npt.NDArray[Any]]] = {}
 
     def __call__(self, engine: Engine, history: History) -> None:
         """Take the accuracy as the model is now."""
+        self.seconds = history.seconds
+        if self._samples is None:
+            return
         found = evaluate(engine, self._samples, None if engine.prefix is None else self._kept(engine))
         self.points.append((history.seconds, found.accuracy or 0.0))
 
@@ -124,14 +129,14 @@ def _measured(bench: Bench, cell: Cell, artifact: Path, row: Row) -> Row:
         data, out = Path(scratch) / "local.npz", Path(scratch) / "out"
         _write_data(bench, cell, artifact, manifest, data)
         config = FinetuneConfig(seed=cell.seed, val_fraction=0.0, threads=1, cache=cell.method.cache)
-        curve = Curve(read_samples(test, artifact), manifest)
+        curve = Curve(read_samples(test, artifact) if bench.config.curve else None, manifest)
         report = finetune(artifact, data, out, config, on_epoch=curve)
         fused = out / FUSED["onnx"]
         return dataclasses.replace(
             row,
             drifted=accuracy(fused, test, artifact),
             clean=accuracy(fused, clean, artifact),
-            seconds=curve.points[-1][0] if curve.points else report.seconds,
+            seconds=report.seconds if curve.seconds is None else curve.seconds,
             step_seconds=report.step_seconds,
             cache_hits=None if report.cache is None else report.cache.hits,
             cache_misses=None if report.cache is None else report.cache.misses,
