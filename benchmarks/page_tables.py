@@ -36,7 +36,6 @@ PAPER = {  # arXiv 2403.15905: target block, block average, full
 TARGET = {"corruptions": "front", "flip": "head"}
 PLOTS = {
     "blocks.png": f"{STUDIES}/blocks/accuracy.png",
-    "blocks_samples.png": f"{STUDIES}/blocks/samples.png",
     "methods.png": f"{STUDIES}/methods/accuracy.png",
     "methods_cost.png": f"{STUDIES}/methods/cost.png",
     "methods_samples.png": f"{STUDIES}/methods/samples.png",
