@@ -36,11 +36,9 @@ PAPER = {  # arXiv 2403.15905: target block, block average, full
 TARGET = {"corruptions": "front", "flip": "head"}
 PLOTS = {
     "blocks.png": f"{STUDIES}/blocks/accuracy.png",
-    "methods.png": f"{STUDIES}/methods/accuracy.png",
     "methods_cost.png": f"{STUDIES}/methods/cost.png",
     "methods_samples.png": f"{STUDIES}/methods/samples.png",
     "labels.png": f"{STUDIES}/labels/wrong_labels.png",
-    "icons.png": f"{STUDIES}/icons/accuracy.png",
     "deep.png": f"{STUDIES}/deep/accuracy.png",
     "unlabelled.png": f"{STUDIES}/unlabelled/accuracy.png",
 }
