@@ -113,7 +113,7 @@ def cifar_cases(work: Path, data: Path, count: int) -> list[Case]:
             kind, severity = name.split(":")
             np.savez(local, images=corrupt(pixels, kind, int(severity), seed=2), labels=labels)
             np.savez(drifted, images=corrupt(test, kind, int(severity), seed=1), labels=answers)
-        cases.append(Case(f"ResNet-20, {name}", base, local, drifted, ways(8, 1)))
+        cases.append(Case(f"ResNet-20, {name}", base, local, drifted, ways(9, 1)))
         cases.append(Case(f"ResNet-20, {name}, last block", base, local, drifted, rear_ways()))
     return cases
 
@@ -128,7 +128,7 @@ def fan_case(work: Path, data: Path) -> Case:
     for name, part in (("fan", local), ("fan-test", test)):
         np.savez(work / f"{name}.npz", samples=part.images, labels=part.labels)
     base = _fan_network(work / "fan-base", silent)
-    return Case("fan, silent to noisy", base, work / "fan.npz", work / "fan-test.npz", ways(4, 4))
+    return Case("fan, silent to noisy", base, work / "fan.npz", work / "fan-test.npz", ways(4, 3))
 
 
 def measure(case: Case, work: Path, epochs: int, rounds: int) -> list[Row]:
