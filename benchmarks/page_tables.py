@@ -119,10 +119,14 @@ def rates(results: Path) -> str:
     return _markdown(Table("", ("method, drift", *values), tuple(lines)))
 
 
-def advice(results: Path) -> str:
+def advice(name: str) -> Callable[[Path], str]:
     """The block that was chosen, beside the best."""
-    raw = json.loads((results / STUDIES / "advising.json").read_text(encoding="utf-8"))
-    return advising.table([advising.Row(**row) for row in raw["rows"]])
+
+    def table(results: Path) -> str:
+        raw = json.loads((results / STUDIES / name).read_text(encoding="utf-8"))
+        return advising.table([advising.Row(**row) for row in raw["rows"]])
+
+    return table
 
 
 def skipping(results: Path) -> str:
@@ -148,7 +152,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "blocks-claims": blocks_claims,
     "blocks-each": _study("blocks", accuracy_table),
     "blocks-time": blocks_time,
-    "advice": advice,
+    "advice": advice("advising.json"),
+    "advice-unseen": advice("advising_unseen.json"),
     "skip": skipping,
     "ranks-grid": ranks_grid,
     "ranks-forms": ranks_forms,

@@ -37,6 +37,14 @@ def blocks(work: Path, data: Path) -> Table:
     return _cifar(work, data, "resnet20") | grid | {"methods": methods}
 
 
+def unseen(work: Path, data: Path) -> Table:
+    """Each block alone under drifts that advice was not made on; what `python -m benchmarks advising` is judged by."""
+    made: list[Table] = [{"name": b, "method": "blocks", "blocks": [b]} for b in ("front", "middle", "rear")]
+    drifts = ["pixelate:5", "elastic_transform:5", "snow:5", "motion_blur:5"]
+    grid = {"drifts": drifts, "sizes": [500], "seeds": [0, 1], **AT_THE_END}
+    return _cifar(work, data, "resnet20") | grid | {"methods": [*made, {"method": "head"}]}
+
+
 def methods(work: Path, data: Path) -> Table:
     """Every method: samples needed and costs, the five criteria of arXiv 2110.10969."""
     return _cifar(work, data, "resnet20") | _every_method() | {"sizes": [100, 300, 1000]}
@@ -104,7 +112,7 @@ def unlabelled(work: Path, data: Path) -> Table:
 
 
 STUDIES: dict[str, Callable[[Path, Path], Table]] = {
-    f.__name__: f for f in (blocks, methods, labels, ranks, rates, deep, icons, unlabelled)
+    f.__name__: f for f in (blocks, unseen, methods, labels, ranks, rates, deep, icons, unlabelled)
 }
 
 
