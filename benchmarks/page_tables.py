@@ -132,7 +132,7 @@ def advice(name: str) -> Callable[[Path], str]:
 def skipping(results: Path) -> str:
     """Time and accuracy with a cache."""
     raw = json.loads((results / "skip.json").read_text(encoding="utf-8"))
-    return skip.table([skip.Row(**row | {"seconds": tuple(row["seconds"])}) for row in raw["rows"]])
+    return skip.table([skip.Row(**row) for row in raw["rows"]])
 
 
 def _study(name: str, table: Callable[[Sequence[Row]], Table]) -> Callable[[Path], str]:

@@ -1,8 +1,9 @@
 """Skip2-LoRA (arXiv 2410.21073): time of fine-tuning with skip adapters and a cache beside LoRA on all layers.
 
 Both train about as many parameters, on the same data, with the device's engine. Runs are interleaved; seconds are those
-of training alone (reading the data, evaluating and fusing left out), medians and minima over rounds, ratios within one
-run. The same is done with adapters in the last block, where the cache must not change a byte of the adapter.
+of training alone, and those of the whole run from the artifact to the fused file; medians and minima over rounds, ratios
+within one run. Skip adapters are also tried behind recalibrated batch normalisations, since they leave the features as
+they are. The same is done with adapters in the last block, where the cache must not change a byte of the adapter.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines import Engine
-from lorac_runtime.manifest import ADAPTER, InputSpec
+from lorac_runtime.manifest import ADAPTER, BnPolicy, InputSpec
 from lorac_runtime.outputs import FUSED
 from lorac_runtime.session import finetune
 from lorac_runtime.training import History
@@ -52,6 +53,7 @@ class Way:
     method: str
     lora: LoraConfig
     cache: bool = False
+    bn: BnPolicy | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What came of one way: ``seconds`` of training in each round, ``work`` multiply-adds of the whole run."""
+    """What came of one way: ``seconds`` of training and ``whole`` ones in each round, ``work`` multiply-adds of all."""
 
     case: str
     way: str
@@ -77,6 +79,8 @@ class Row:
     accuracy: float
     seconds: tuple[float, ...]
     ratio: float
+    whole: tuple[float, ...]
+    whole_ratio: float
     work: int
     work_ratio: float
     hit_rate: float | None
@@ -88,6 +92,13 @@ def ways(skip: int, low_rank: int) -> tuple[Way, ...]:
     low = Way("lora-all", "lora-all", LoraConfig(rank=low_rank, rank_mode="r"))
     plain = Way("skip", "skip", LoraConfig(rank=skip))
     return (low, plain, dataclasses.replace(plain, name="skip, cache", cache=True))
+
+
+def image_ways() -> tuple[Way, ...]:
+    """Those, and skip adapters behind batch normalisations with statistics of the new images."""
+    found = ways(9, 1)
+    moved = dataclasses.replace(found[-1], name="skip, cache, recalibrated", bn="recalibrate")
+    return (*found, moved)
 
 
 def rear_ways() -> tuple[Way, ...]:
@@ -114,7 +125,7 @@ def cifar_cases(work: Path, data: Path, count: int, epochs: int) -> list[Case]:
             kind, severity = name.split(":")
             np.savez(local, images=corrupt(pixels, kind, int(severity), seed=2), labels=labels)
             np.savez(drifted, images=corrupt(test, kind, int(severity), seed=1), labels=answers)
-        cases.append(Case(f"ResNet-20, {name}", base, local, drifted, epochs, ways(9, 1)))
+        cases.append(Case(f"ResNet-20, {name}", base, local, drifted, epochs, image_ways()))
     first = dataclasses.replace(cases[0], name=f"{cases[0].name}, last block", ways=rear_ways())
     return [*cases, first]
 
@@ -135,18 +146,18 @@ def fan_case(work: Path, data: Path, epochs: int) -> Case:
 def measure(case: Case, work: Path, rounds: int) -> list[Row]:
     """Run every way of a case ``rounds`` times, in turns that change their order."""
     artifacts = {way.name: _exported(case, way, work) for way in case.ways}
-    seconds: dict[str, list[float]] = {way.name: [] for way in case.ways}
+    seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in case.ways}
     found: dict[str, tuple[float, float | None, str]] = {}
     for turn in range(rounds):
         for way in case.ways if turn % 2 == 0 else reversed(case.ways):
             with tempfile.TemporaryDirectory(dir=work) as out:
-                spent, rate = _run(artifacts[way.name], case.local, Path(out) / "out", way)
-                seconds[way.name].append(spent)
+                training, whole, rate = _run(artifacts[way.name], case.local, Path(out) / "out", way)
+                seconds[way.name].append((training, whole))
                 fused, adapter = (Path(out) / "out" / name for name in (FUSED["onnx"], ADAPTER))
                 digest = hashlib.sha256(adapter.read_bytes()).hexdigest()
                 found[way.name] = (accuracy(fused, case.test, artifacts[way.name]), rate, digest)
     count = len(np.load(case.local)["labels"])
-    works = {way.name: _work(artifacts[way.name], count, case.epochs, cached=way.cache) for way in case.ways}
+    works = {way.name: _work(artifacts[way.name], way, count, case.epochs) for way in case.ways}
     first = case.ways[0].name
     before = accuracy(artifacts[first] / "base.onnx", case.test, artifacts[first])
     return [
@@ -156,8 +167,10 @@ def measure(case: Case, work: Path, rounds: int) -> list[Row]:
             trained=artifact_costs(artifacts[way.name]).trained_parameters,
             accuracy_before=before,
             accuracy=found[way.name][0],
-            seconds=tuple(seconds[way.name]),
-            ratio=statistics.median(a / b for a, b in zip(seconds[way.name], seconds[first], strict=True)),
+            seconds=tuple(a for a, _ in seconds[way.name]),
+            ratio=_ratio(seconds[way.name], seconds[first], 0),
+            whole=tuple(b for _, b in seconds[way.name]),
+            whole_ratio=_ratio(seconds[way.name], seconds[first], 1),
             work=works[way.name],
             work_ratio=works[way.name] / works[first],
             hit_rate=found[way.name][1],
@@ -183,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
         fans = fan_case(work, args.data, args.fan_epochs)
         for case in (fans, *cifar_cases(work, args.data, args.images, args.epochs)):
             rows += measure(case, work, args.rounds)
-            print(table(rows[-3:]), flush=True)
+            print(table([row for row in rows if row.case == case.name]), flush=True)
     epochs = {"images": args.epochs, "spectra": args.fan_epochs}
     result = {"environment": environment(), "epochs": epochs, "rows": [dataclasses.asdict(row) for row in rows]}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -192,23 +205,14 @@ def main(argv: Sequence[str]) -> int:
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    columns = (
-        "case",
-        "way",
-        "trained",
-        "accuracy",
-        "s (min, median)",
-        "time",
-        "multiply-adds",
-        "hits",
-        "adapter's sha256",
-    )
+    columns = ["case", "way", "trained", "accuracy", "training s (min, median)", "ratio", "whole run s", "ratio"]
+    columns += ["multiply-adds", "hits", "adapter's sha256"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows:
-        spent = f"{min(row.seconds):.2f}, {statistics.median(row.seconds):.2f}"
+        spent, whole = (f"{min(s):.2f}, {statistics.median(s):.2f}" for s in (row.seconds, row.whole))
         hits = "" if row.hit_rate is None else f"{row.hit_rate:.1%}"
         changed = f"{100 * row.accuracy_before:.1f} -> {100 * row.accuracy:.1f}"
-        shares = f"{row.ratio:.3f} | {row.work_ratio:.3f}"
+        shares = f"{row.ratio:.3f} | {whole} | {row.whole_ratio:.3f} | {row.work_ratio:.3f}"
         cells = (row.case, row.way, f"{row.trained:,}", changed, spent, shares, hits, row.adapter_sha256[:8])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -218,13 +222,19 @@ def _exported(case: Case, way: Way, work: Path) -> Path:
     out = work / "artifacts" / hashlib.sha256(f"{case.name} {way.name}".encode()).hexdigest()[:12]
     out.parent.mkdir(exist_ok=True)
     training = METHODS[way.method].training(epochs=case.epochs)
-    config = ArtifactConfig(lora=way.lora, method=way.method, engine="onnxruntime", tflite="none", training=training)
+    config = ArtifactConfig(
+        lora=way.lora, method=way.method, bn_policy=way.bn, engine="onnxruntime", tflite="none", training=training
+    )
     export_training_artifact(case.base, out, config=config, on_progress=lambda _: None)
     return out
 
 
-def _run(artifact: Path, data: Path, out: Path, way: Way) -> tuple[float, float | None]:
-    """(seconds of training, share of look-ups that the cache answered)."""
+def _ratio(own: list[tuple[float, float]], reference: list[tuple[float, float]], which: int) -> float:
+    return statistics.median(a[which] / b[which] for a, b in zip(own, reference, strict=True))
+
+
+def _run(artifact: Path, data: Path, out: Path, way: Way) -> tuple[float, float, float | None]:
+    """(seconds of training, those of the whole run, share of look-ups that the cache answered)."""
     spent = [0.0]
 
     def note(_: Engine, history: History) -> None:
@@ -232,12 +242,14 @@ def _run(artifact: Path, data: Path, out: Path, way: Way) -> tuple[float, float 
 
     config = FinetuneConfig(val_fraction=0.0, threads=1, cache=CACHE if way.cache else None)
     report = finetune(artifact, data, out, config, on_epoch=note)
-    return spent[0], None if report.cache is None else report.cache.hit_rate
+    return spent[0], report.seconds, None if report.cache is None else report.cache.hit_rate
 
 
-def _work(artifact: Path, samples: int, epochs: int, *, cached: bool) -> int:
+def _work(artifact: Path, way: Way, samples: int, epochs: int) -> int:
+    """Multiply-adds of all training; a pass that recalibrates counts as one through the frozen front."""
     costs = artifact_costs(artifact, 1)
-    return samples * ((1 if cached else epochs) * costs.prefix_multiply_adds + epochs * costs.multiply_adds)
+    passes = (1 if way.cache else epochs) + (way.bn == "recalibrate")
+    return samples * (passes * costs.prefix_multiply_adds + epochs * costs.multiply_adds)
 
 
 def _fan_network(out: Path, silent: Dataset) -> Path:
