@@ -1,9 +1,9 @@
 """Skip2-LoRA (arXiv 2410.21073): time of fine-tuning with skip adapters and a cache beside LoRA on all layers.
 
 Both train about as many parameters, on the same data, with the device's engine. Runs are interleaved; seconds are those
-of training alone, and those of the whole run from the artifact to the fused file; medians and minima over rounds, ratios
-within one run. Skip adapters are also tried behind recalibrated batch normalisations, since they leave the features as
-they are. The same is done with adapters in the last block, where the cache must not change a byte of the adapter.
+of training alone, and those of the whole run from the artifact to the fused file; medians and minima over rounds,
+ratios within one run. Skip adapters are also tried behind recalibrated batch normalisations, since they leave the
+features as they are. The same is done with adapters in the last block, where the cache must not change a byte of the adapter.
 """
 
 from __future__ import annotations
