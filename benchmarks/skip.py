@@ -3,7 +3,8 @@
 Both train about as many parameters, on the same data, with the device's engine. Runs are interleaved; seconds are those
 of training alone, and those of the whole run from the artifact to the fused file; medians and minima over rounds,
 ratios within one run. Skip adapters are also tried behind recalibrated batch normalisations, since they leave the
-features as they are. The same is done with adapters in the last block, where the cache must not change a byte of the adapter.
+features as they are. The same is done with adapters in the last block, where the cache must not change a byte of the
+adapter.
 """
 
 from __future__ import annotations
