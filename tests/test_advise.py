@@ -224,13 +224,27 @@ def test_methods_that_do_not_fit_are_all_told(artifact: Path, tmp_path: Path) ->
 def test_the_command_shows_the_choice_and_writes_it(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(artifact), "--data", str(saved(tmp_path, data(24))), "--methods", "head,blocks", "--out"]
+    arguments = [str(artifact), "--data", str(saved(tmp_path, data(24))), "--methods", "head,blocks"]
+    arguments += ["--trial-steps", "2", "--out"]
     assert main([*arguments, str(tmp_path / "chosen")]) == 0
     shown = capsys.readouterr().out
     assert "relative gradients of the blocks: front" in shown
     assert "chosen: " in shown
     assert load(tmp_path / "chosen").method in ("head", "blocks")
     assert json.loads((tmp_path / "chosen.json").read_text())["samples"] == 24
+
+
+def test_a_trial_makes_the_steps_of_the_run_but_no_more_than_asked_for(artifact: Path) -> None:
+    training = dataclasses.replace(load(artifact).training, epochs=10, batch_size=8)  # 24 samples: 30 steps
+    assert Trial().epochs(24, training) == 10  # 17 samples train, in 3 batches
+    assert Trial(steps=6).epochs(24, training) == 2
+    assert Trial(steps=1).epochs(24, training) == 1
+
+
+def test_no_steps_are_a_mistake_in_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--data", "x", "--trial-steps", "0"])
+    assert "--trial-steps must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_an_unknown_method_is_a_mistake_in_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

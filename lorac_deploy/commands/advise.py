@@ -39,6 +39,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"methods to try (default: {','.join(DEFAULT_METHODS)})",
     )
     p.add_argument("--rank", type=int, default=4, help="of adapters (default: %(default)s)")
+    p.add_argument(
+        "--trial-steps",
+        type=int,
+        default=150,
+        metavar="N",
+        help="training steps of a trial, at most: fewer take less time and tell less (default: %(default)s)",
+    )
     p.add_argument("--seed", type=int, default=0, help="of splits and of adapters' start (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return p
@@ -52,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
         p.error(f"--methods: {', '.join(unknown)} is not one of {', '.join(METHODS)}")
+    if args.trial_steps < 1:
+        p.error(f"--trial-steps must be at least 1, got {args.trial_steps}")
     from lorac_deploy.advise.advice import advise, export_choice
     from lorac_deploy.advise.trial import Trial
     from lorac_exporters.artifact_folder import check_replaceable
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.data,
             methods=args.methods,
             lora=LoraConfig(rank=args.rank, seed=args.seed),
-            trial=Trial(seed=args.seed),
+            trial=Trial(seed=args.seed, steps=args.trial_steps),
             on_progress=told,
         )
         told("writing the chosen artifact", 0, None)
