@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method bn does not go with BN policy 'recalibrate'"):
         ArtifactConfig(method="bn", bn_policy="recalibrate")
     with pytest.raises(ValueError, match="method tent does not go with loss 'cross_entropy': choose entropy"):
-        ArtifactConfig(method="tent")
+        ArtifactConfig(method="tent", training=TrainingDefaults())
     with pytest.raises(ValueError, match="onnxruntime-training has no loss entropy"):
         export(tmp_path / "x", "tent", kind="onnxruntime-training")
     with pytest.raises(ValueError, match="no scale or shift of a batch normalisation in blocks fc"):
