@@ -173,7 +173,8 @@ def test_real_unets_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair
     check_yardstick(name, pair, RATES, size=6, seeds=2)
 
 
-REAL = [(name, PAIRS[1] if name == "mobilenet_v2" else PAIRS[2]) for name in DEEP]  # the others run as smooth copies
+# A pair for each, the others run as smooth copies; ResNet-50, whose blocks hold nothing that others lack, does so only.
+REAL = [(n, PAIRS[1] if n == "mobilenet_v2" else PAIRS[2]) for n in DEEP if n != "resnet50"]
 
 
 @pytest.mark.slow
