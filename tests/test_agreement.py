@@ -21,7 +21,7 @@ from lorac_runtime.delta import LAYOUTS, Layout
 from lorac_runtime.engines import open_engine
 from lorac_runtime.patch import batchnorm_tensors, fuse
 
-MODELS = ("resnet18", "mobilenet_v2", "densenet121")
+MODELS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "densenet121")
 
 
 def largest(values: np.ndarray) -> float:

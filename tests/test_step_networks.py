@@ -59,8 +59,8 @@ PAIRS: list[tuple[str, BnPolicy, Layout]] = [
     ("adamw", "batch", "spatial"),
 ]
 Pair = tuple[str, BnPolicy, Layout]
-# Deep networks do two pairs as smooth copies, those that take longest one.
-SMOOTH = [(n, p) for n in DEEP for p in (PAIRS[0], PAIRS[3]) if n not in ("resnet50", "densenet121") or p == PAIRS[3]]
+# The two networks that take longest do two pairs as smooth copies.
+SMOOTH = [(n, p) for n in DEEP for p in PAIRS if n not in ("resnet50", "densenet121") or p in (PAIRS[0], PAIRS[3])]
 
 
 def case_of(pair: Pair) -> Case:
@@ -173,8 +173,7 @@ def test_real_unets_are_as_near_to_float64_as_pytorch_float32_is(name: str, pair
     check_yardstick(name, pair, RATES, size=6, seeds=2)
 
 
-# A pair for each, the others run as smooth copies; ResNet-50, whose blocks hold nothing that others lack, does so only.
-REAL = [(n, PAIRS[1] if n == "mobilenet_v2" else PAIRS[2]) for n in DEEP if n != "resnet50"]
+REAL = [("resnet18", PAIRS[1]), *((name, PAIRS[2]) for name in DEEP)]  # the other pairs run as smooth copies
 
 
 @pytest.mark.slow
