@@ -62,13 +62,13 @@ class Row:
         return max(self.scores, key=lambda block: self.scores[block])
 
 
-def measure(bench: Bench, artifact: Path, trial: Trial, drift: StudyDrift, size: int, seed: int) -> Row:
+def measure(bench: Bench, artifact: Path, drift: StudyDrift, size: int, seed: int) -> Row:
     """Ask for advice on one case of the study."""
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "local.npz"
         local = read_local(bench, drift, seed, size, artifact)
         write_local(data, local, local.labels, artifact)
-        found = advise(artifact, data, methods=("head", "blocks"), trial=dataclasses.replace(trial, seed=seed))
+        found = advise(artifact, data, methods=("head", "blocks"), trial=Trial(seed=seed, threads=1))
     options = {option.candidate.block or option.candidate.method: option for option in found.options}
     chosen = next(name for name, option in options.items() if option is found.chosen)
     rows = [read_row(row_file(bench, cell)) for cell in grid(bench.config)]
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         export_training_artifact(config.checkpoint, artifact, config=settings, on_progress=lambda _: None)
         cases = list(itertools.product(config.drifts, config.sizes, config.seeds))
         with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(measure, bench, artifact, Trial(threads=1), *case) for case in cases]
+            futures = [pool.submit(measure, bench, artifact, *case) for case in cases]
             for count, _ in enumerate(as_completed(futures), 1):
                 print(f"{count} of {len(cases)} cases", file=sys.stderr)
             rows = [future.result() for future in futures]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import advising, skip
@@ -194,8 +194,4 @@ def _by_drift(rows: Sequence[Row]) -> str:
 
 def _markdown(table: Table) -> str:
     """Without the title: the page has headings of its own."""
-    return _joined(table.markdown().splitlines()[2:])
-
-
-def _joined(lines: Iterable[str]) -> str:
-    return "\n".join(lines) + "\n"
+    return "\n".join(table.markdown().splitlines()[2:])

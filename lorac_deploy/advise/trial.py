@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorac_deploy.advise import TRIAL_STEPS
 from lorac_deploy.quiet import quiet_runtime
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.data import LocalData
@@ -31,7 +32,7 @@ class Trial:
     """
 
     held_out: float = 0.3
-    steps: int = 150
+    steps: int = TRIAL_STEPS
     evidence: tuple[int, ...] = (300, 900)
     seed: int = 0
     threads: int | None = None

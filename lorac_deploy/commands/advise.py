@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from lorac_deploy.advise import DEFAULT_METHODS
+from lorac_deploy.advise import DEFAULT_METHODS, TRIAL_STEPS
 from lorac_deploy.commands._common import guarded
 from lorac_deploy.commands._options import names
 from lorac_deploy.commands._progress import counted
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--trial-steps",
         type=int,
-        default=150,
+        default=TRIAL_STEPS,
         metavar="N",
         help="training steps of a trial, at most: fewer take less time and tell less (default: %(default)s)",
     )

@@ -106,15 +106,9 @@ def _study(raw: Mapping[str, Any], folder: Path, problems: list[str]) -> StudyCo
     lists = {n: _numbers(raw[n], n, problems) for n in ("sizes", "wrong_labels", "seeds") if n in raw}
     if problems:
         return None
-    gain = {"target_gain": float(raw["target_gain"])} if "target_gain" in raw else {}
-    found = StudyConfig(
-        **paths,  # type: ignore[arg-type]
-        methods=_kept(methods),
-        drifts=_kept(drifts),
-        **lists,  # type: ignore[arg-type]
-        **gain,  # type: ignore[arg-type]
-        curve=raw.get("curve", True),
-    )
+    more = {"target_gain": float(raw["target_gain"])} if "target_gain" in raw else {}
+    more |= {"curve": raw["curve"]} if "curve" in raw else {}
+    found = StudyConfig(**paths, methods=_kept(methods), drifts=_kept(drifts), **lists, **more)  # type: ignore[arg-type]
     problems += _contradictions(found)
     return found
 
