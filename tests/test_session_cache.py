@@ -17,7 +17,7 @@ import torch
 from finetune_runs import StopError, stop_at
 from small_artifacts import LORA, NAMES, SPEC, export, network
 
-from lorac_runtime.cache import CacheReport, row_bytes
+from lorac_runtime.cache import PIECE, CacheReport, row_bytes
 from lorac_runtime.cache_file import space
 from lorac_runtime.cli import main
 from lorac_runtime.config import FinetuneConfig
@@ -72,7 +72,9 @@ def run(artifact: Path, data: Path, out: Path, config: FinetuneConfig = CONFIG, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{}, {"threads": 2, "batch_size": 4}, {"micro_batch": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"threads": 2, "batch_size": 4}, {"micro_batch": 3}, {"batch_size": 2 * PIECE}]
+)
 def test_a_cache_changes_no_bit_of_the_results(
     kind: str, settings: dict[str, int], artifacts: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
@@ -86,16 +88,17 @@ def test_a_cache_changes_no_bit_of_the_results(
     assert (found.stored, found.samples) == (IMAGES, IMAGES)
 
 
-@pytest.mark.parametrize("room", [1, 11, IMAGES - 1])
+@pytest.mark.parametrize(("room", "batch"), [(1, 7), (11, 2 * PIECE), (IMAGES - 1, 7)])
 def test_a_cache_too_small_for_all_keeps_the_first_and_changes_no_bit(
-    room: int, artifacts: dict[str, Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    room: int, batch: int, artifacts: dict[str, Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finetune(artifacts["last"], data, tmp_path / "plain", CONFIG)
+    config = dataclasses.replace(CONFIG, batch_size=batch)
+    finetune(artifacts["last"], data, tmp_path / "plain", config)
     row = row_bytes(load(artifacts["last"]).features, fp16=False)
     budget = space(room, row)
     with caplog.at_level(logging.INFO):
         report = finetune(
-            artifacts["last"], data, tmp_path / "cached", dataclasses.replace(CONFIG, cache=budget, micro_batch=None)
+            artifacts["last"], data, tmp_path / "cached", dataclasses.replace(config, cache=budget, micro_batch=None)
         )
     assert results(tmp_path / "cached") == results(tmp_path / "plain")
     assert cache_of(report).stored == room

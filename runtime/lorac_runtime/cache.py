@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,10 @@ from lorac_runtime.training import Indices, Samples
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-Item = TypeVar("Item")
 
 FOLDER = "cache"
 ENGINE = "onnxruntime"
-PIECE = 16  # samples whose features are computed at once, beside those of the batch
+PIECE = 16  # samples whose features are read or computed at once, beside those of the batch
 LARGEST = np.float32(np.finfo(np.float16).max)
 
 log = logging.getLogger(__name__)
@@ -130,9 +129,9 @@ class FeatureCache:
         first = next((i for i, name in enumerate(self._names) if name in self._file), None)
         if first is None:
             return
-        found = dict(self._file.read([self._names[first]]))
+        _, found = self._file.read([self._names[first]])
         expected = self._rows(self._prefix.features(self._samples.images(np.array([first]))))
-        if found and list(found.values()) != list(expected):
+        if len(found) and not np.array_equal(found, expected):
             log.info("this machine computes other features than those in the cache: it starts empty")
             self._file.empty()
         self._rest()
@@ -148,45 +147,45 @@ class FeatureCache:
 
         Raises EngineError.
         """
+        names = [self._names[index] for index in batch]
         made = {f.name: np.empty((len(batch), *f.shape), np.float32) for f in self._features}
-        places = {self._names[index]: place for place, index in enumerate(batch)}
-        for name, row in self._file.read(list(places)):
-            self._put(made, places.pop(name), row)
-        self._hits += len(batch) - len(places)
-        self._misses += len(places)
-        for part in _pieces(list(places.items())):
-            self._compute(samples, batch, part, made)
-        if places:
+        missing = [place for part in _pieces(list(range(len(batch)))) for place in self._read(names, part, made)]
+        self._hits += len(batch) - len(missing)
+        self._misses += len(missing)
+        for part in _pieces(missing):
+            rows = self._rows(self._prefix.features(samples.images(batch[part])))
+            self._put(made, part, rows)
+            for place, row in zip(part, rows, strict=True):
+                self._file.write(names[place], row.tobytes())
+        if missing:
             self._rest()
         return made
 
-    def _compute(
-        self, samples: Samples, batch: Indices, part: list[tuple[Sample, int]], made: dict[str, Floats]
-    ) -> None:
-        images = samples.images(batch[[place for _, place in part]])
-        for (name, place), row in zip(part, self._rows(self._prefix.features(images)), strict=True):
-            self._put(made, place, row)
-            self._file.write(name, row)
+    def _read(self, names: list[Sample], part: list[int], made: dict[str, Floats]) -> list[int]:
+        """Put what is kept of ``part`` of a batch in its place; returns what is not."""
+        found, rows = self._file.read([names[place] for place in part])
+        kept = [part[i] for i in found]
+        self._put(made, kept, rows)
+        return part if not kept else sorted(set(part) - set(kept))
 
     def _rest(self) -> None:
         """Without a sample to compute, the session of the front only takes memory."""
         if len(self._file) == len(self._names):
             self._prefix.close()
 
-    def _rows(self, features: Mapping[str, Floats]) -> Iterator[bytes]:
-        """A row of bytes for each sample."""
-        for values in zip(*features.values(), strict=True):
-            flat = np.concatenate([value.reshape(-1) for value in values])
-            if self._fp16:
-                flat = np.clip(flat, -LARGEST, LARGEST)
-            yield flat.astype(self._dtype).tobytes()
+    def _rows(self, features: Mapping[str, Floats]) -> npt.NDArray[np.uint8]:
+        """The bytes of each sample's features, one row below the other."""
+        flat = np.concatenate([value.reshape(len(value), -1) for value in features.values()], axis=1)
+        if self._fp16:
+            flat = np.clip(flat, -LARGEST, LARGEST)
+        return flat.astype(self._dtype).view(np.uint8)
 
-    def _put(self, made: dict[str, Floats], place: int, row: bytes) -> None:
-        """Write a row into the features of a batch."""
-        flat, start = np.frombuffer(row, self._dtype), 0
+    def _put(self, made: dict[str, Floats], places: list[int], rows: npt.NDArray[np.uint8]) -> None:
+        """Write rows into the features of a batch, each to its place."""
+        flat, start = rows.view(self._dtype), 0
         for value in made.values():
-            end = start + value[place].size
-            value[place] = flat[start:end].reshape(value[place].shape)
+            end = start + value[0].size
+            value[places] = flat[:, start:end].reshape(len(places), *value.shape[1:])
             start = end
 
     def report(self) -> CacheReport:
@@ -206,7 +205,7 @@ class FeatureCache:
         self._file.close()
 
 
-def _pieces(items: list[Item]) -> Iterator[list[Item]]:
+def _pieces(items: list[int]) -> Iterator[list[int]]:
     return (items[start : start + PIECE] for start in range(0, len(items), PIECE))
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
 
 from lorac_runtime.errors import CacheError, OutputError
 from lorac_runtime.files import lock
@@ -115,24 +117,45 @@ class CacheFile:
         """Bytes of the files as they are now."""
         return _length(self._index) + _length(self._rows)
 
-    def read(self, samples: Collection[Sample]) -> Iterator[tuple[Sample, bytes]]:
-        """The rows of those of ``samples`` that are kept and whole; the file is mapped no longer than this takes."""
-        places = {sample: self._places[sample] for sample in samples if sample in self._places}
-        if not places:
-            return
-        if not _length(self._rows):  # what has no length cannot be mapped
-            self.empty()
-            return
-        with mmap.mmap(self._rows.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for sample, place in places.items():
-                row = content[place * self._row : (place + 1) * self._row]
-                if self._sound(sample, row):
-                    yield sample, row
+    def read(self, samples: Sequence[Sample]) -> tuple[list[int], npt.NDArray[np.uint8]]:
+        """(which of ``samples`` are kept and whole, by their index; their rows, one below the other)."""
+        self._cut(_length(self._rows) // self._row)
+        kept = [i for i, sample in enumerate(samples) if sample in self._places]
+        try:
+            rows = self._gathered([self._places[samples[i]] for i in kept])
+        except OSError as err:
+            log.warning("the cache cannot be read (%s); the run goes on without", err.strerror or err)
+            self._places.clear()
+            self._full = True
+            return [], np.empty((0, self._row), np.uint8)
+        if not self._checksums:
+            return kept, rows
+        sound = [n for n, i in enumerate(kept) if self._sound(samples[i], rows[n])]
+        return [kept[n] for n in sound], rows[sound]
 
-    def _sound(self, sample: Sample, row: bytes) -> bool:
+    def _cut(self, whole: int) -> None:
+        """Forget what lay behind the first ``whole`` rows, if somebody cut the file."""
+        if whole < self._end:
+            log.info("the cache's file was cut to %d rows: those behind are computed again", whole)
+            for sample in [sample for sample, place in self._places.items() if place >= whole]:
+                del self._places[sample]
+                self._checksums.pop(sample, None)
+            self._free = [place for place in self._free if place < whole]
+            self._end = whole
+
+    def _gathered(self, places: list[int]) -> npt.NDArray[np.uint8]:
+        """The rows at ``places``. Read, not mapped: touching a page of a map takes longer than reading a row."""
+        rows = np.zeros((len(places), self._row), np.uint8)
+        for place, row in zip(places, rows, strict=True):
+            self._rows.seek(place * self._row)
+            if self._rows.readinto(row.data) != self._row:
+                raise OSError(f"a row of {self._row} bytes ends early")
+        return rows
+
+    def _sound(self, sample: Sample, row: npt.NDArray[np.uint8]) -> bool:
         """Whether a row is what was written; looked at once, and forgotten if it is not."""
         checksum = self._checksums.pop(sample, None)
-        if len(row) == self._row and (checksum is None or checksum == zlib.crc32(row)):
+        if checksum is None or checksum == zlib.crc32(row.data):
             return True
         log.info("a row of the cache is damaged: it is computed again")
         self._free.append(self._places.pop(sample))
@@ -175,7 +198,7 @@ class CacheFile:
         self._rows.close()
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> FileIO:
     """An unbuffered stream to read and write; links are refused, since what they lead to would be overwritten."""
     if path.is_symlink():
         raise OutputError(f"{path} is a link; a cache keeps files of its own: remove it")
@@ -183,14 +206,14 @@ def _opened(path: Path) -> BinaryIO:
     return path.open("rb+", buffering=0)
 
 
-def _write(stream: BinaryIO, offset: int, content: bytes) -> None:
+def _write(stream: FileIO, offset: int, content: bytes) -> None:
     stream.seek(offset)
     view = memoryview(content)
     while view:
         view = view[stream.write(view) :]
 
 
-def _length(stream: BinaryIO) -> int:
+def _length(stream: FileIO) -> int:
     return stream.seek(0, 2)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lorac_runtime import cache_file
 from lorac_runtime.cache import size_for
-from lorac_runtime.cache_file import INDEX, ROWS, CacheFile, capacity, space
+from lorac_runtime.cache_file import INDEX, ROWS, CacheFile, Sample, capacity, space
 from lorac_runtime.config import size_in_bytes
 from lorac_runtime.errors import CacheError, OutputError
 
@@ -40,12 +40,17 @@ def filled(folder: Path, count: int = len(SAMPLES)) -> None:
         assert all(file.write(SAMPLES[i], row_of(i)) for i in range(count))
 
 
-def kept(folder: Path, **changes: object) -> dict[tuple[bytes, bytes], bytes]:
+def rows_in(file: CacheFile, samples: list[Sample] = SAMPLES) -> dict[Sample, bytes]:
+    found, rows = file.read(samples)
+    return {samples[i]: bytes(row) for i, row in zip(found, rows, strict=True)}
+
+
+def kept(folder: Path, **changes: object) -> dict[Sample, bytes]:
     with opened(folder, **changes) as file:
-        return dict(file.read(SAMPLES))
+        return rows_in(file)
 
 
-def all_of(indices: range | list[int]) -> dict[tuple[bytes, bytes], bytes]:
+def all_of(indices: range | list[int]) -> dict[Sample, bytes]:
     return {SAMPLES[i]: row_of(i) for i in indices}
 
 
@@ -77,13 +82,13 @@ def test_the_budget_holds_whatever_is_written_and_opened_again(
     for room, ahead, needed in zip(rooms, writes, wanted, strict=False):
         budget = space(room, ROW)
         with opened(folder, budget=budget, wanted=[SAMPLES[i] for i in needed]) as file:
-            found = dict(file.read(SAMPLES))
+            found = rows_in(file)
             assert found.keys() <= {SAMPLES[i] for i in expected & needed}
             assert all(found[s] == row_of(SAMPLES.index(s)) for s in found)
             for i in ahead:
                 fits = SAMPLES[i] in file or len(file) < room
                 assert file.write(SAMPLES[i], row_of(i)) is fits
-            assert dict(file.read(SAMPLES)) == all_of(sorted(SAMPLES.index(s) for s in file))
+            assert rows_in(file) == all_of(sorted(SAMPLES.index(s) for s in file))
             assert len(file) <= room
             expected = {SAMPLES.index(s) for s in file}
             files = sum(path.stat().st_size for path in (folder / "cache").iterdir())
@@ -93,7 +98,7 @@ def test_the_budget_holds_whatever_is_written_and_opened_again(
 def test_the_first_that_come_stay(tmp_path: Path) -> None:
     with opened(tmp_path, budget=space(3, ROW)) as file:
         assert [file.write(sample, row_of(i)) for i, sample in enumerate(SAMPLES)] == [True] * 3 + [False] * 5
-        assert dict(file.read(SAMPLES)) == all_of(range(3))
+        assert rows_in(file) == all_of(range(3))
 
 
 def test_samples_that_are_no_longer_wanted_make_room(tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_samples_that_are_no_longer_wanted_make_room(tmp_path: Path) -> None:
         assert len(file) == 4
         new = (bytes(16), bytes(16))
         assert file.write(new, row_of(99))
-        assert dict(file.read([new])) == {new: row_of(99)}
+        assert rows_in(file, [new]) == {new: row_of(99)}
     assert kept(tmp_path) == all_of(range(1, 8))  # rows that nothing took the place of are there again
 
 
@@ -151,9 +156,20 @@ def test_rows_that_vanish_under_an_open_cache_are_misses(tmp_path: Path) -> None
     filled(tmp_path)
     with opened(tmp_path) as file:
         (tmp_path / "cache" / ROWS).write_bytes(b"")
-        assert dict(file.read(SAMPLES)) == {}
+        assert rows_in(file) == {}
         assert file.write(SAMPLES[0], row_of(0))
-        assert dict(file.read(SAMPLES)) == all_of([0])
+        assert rows_in(file) == all_of([0])
+
+
+def test_what_was_cut_off_is_not_read_as_zeros_when_the_file_grows_again(tmp_path: Path) -> None:
+    with opened(tmp_path) as file:
+        assert all(file.write(SAMPLES[i], row_of(i)) for i in range(7))
+        assert len(rows_in(file)) == 7
+        with (tmp_path / "cache" / ROWS).open("rb+") as stream:
+            stream.truncate(2 * ROW + 1)
+        assert rows_in(file, SAMPLES[:1]) == all_of([0])
+        assert [file.write(SAMPLES[i], row_of(i)) for i in (7, 6)] == [True, True]
+        assert rows_in(file) == all_of([0, 1, 7, 6])
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4 something else", bytes(5000), b"lorac-cache-1\n\0\0" + bytes(500)])
@@ -203,8 +219,24 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(
         # records lie behind row 2 of the features too: the first one fails
         assert not file.write(SAMPLES[0], row_of(0))
         assert not file.write(SAMPLES[1], row_of(1))
-        assert dict(file.read(SAMPLES)) == {}
+        assert rows_in(file) == {}
     assert caplog.text.count("No space left on device") == 1
+
+
+def test_a_disk_that_cannot_be_read_costs_the_cache_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    filled(tmp_path, 3)
+    with opened(tmp_path) as file:
+        with monkeypatch.context() as patched:
+            patched.setattr(CacheFile, "_gathered", broken)
+            assert rows_in(file) == {}
+        assert caplog.text.count("cannot be read (Input/output error)") == 1
+        assert rows_in(file) == {}
+        assert not file.write(SAMPLES[0], row_of(0))
 
 
 def test_a_row_of_another_length_is_a_mistake(tmp_path: Path) -> None:
