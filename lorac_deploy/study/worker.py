@@ -125,7 +125,7 @@ class Curve:
 def _measured(bench: Bench, cell: Cell, artifact: Path, row: Row) -> Row:
     manifest = load(artifact)
     test, clean = bench.test(cell.drift), bench.test(CLEAN)
-    with tempfile.TemporaryDirectory(dir=bench.out) as scratch:
+    with tempfile.TemporaryDirectory(prefix="lorac-deploy.") as scratch:
         data, out = Path(scratch) / "local.npz", Path(scratch) / "out"
         _write_data(bench, cell, artifact, manifest, data)
         config = FinetuneConfig(seed=cell.seed, val_fraction=0.0, threads=1, cache=cell.method.cache)
