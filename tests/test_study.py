@@ -151,6 +151,15 @@ def test_a_study_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPa
     assert [row.drifted for row in second] == [row.drifted for row in first]
 
 
+def test_a_study_that_was_moved_runs_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = sorted((folder / "study" / "cells").iterdir())
+    monkeypatch.setattr(runner, "run_cell", None)
+    assert len(run(folder)) == len(kept) == 16
+    monkeypatch.chdir(folder.parent)
+    assert len(run(Path(folder.name))) == 16
+    assert sorted((folder / "study" / "cells").iterdir()) == kept
+
+
 def test_other_settings_and_other_data_are_other_cells(folder: Path) -> None:
     config = read_config(folder / "study.toml")
     keys = {cell.key(open_bench(config, folder / "study").sources) for cell in grid(config)}

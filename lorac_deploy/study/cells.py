@@ -33,10 +33,10 @@ def grid(config: StudyConfig) -> list[Cell]:
 
 
 def digest(value: Any) -> str:
-    """A short name for a value made of plain data: equal values, equal names.
+    """A short name for a value made of plain data: equal values, equal names. Of a path the last part counts.
 
     >>> digest({"a": 1}) == digest({"a": 1}), digest([1]) == digest([2])
     (True, False)
     """
-    text = json.dumps(value, sort_keys=True, default=str)
+    text = json.dumps(value, sort_keys=True, default=lambda path: path.name)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
