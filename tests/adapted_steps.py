@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from exporter_graphs import randomize
 from networks import touch_adapters
-from step_networks import Arrays, Batch, Case, Outcome, changes, in_graph, in_pytorch, session, starting, step_config
+from step_runs import Arrays, Batch, Case, Outcome, changes, in_graph, in_pytorch, session, starting, step_config
 from torch import nn
 
 from lorac_deploy.adapter_files import save_module_adapter

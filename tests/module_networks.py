@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from exporter_graphs import randomize
 from networks import touch_adapters
-from step_networks import (
+from step_runs import (
     Arrays,
     Batch,
     Case,

@@ -24,7 +24,7 @@ from module_networks import (
     sides,
     with_numbers,
 )
-from step_networks import Case, distances, in_pytorch
+from step_runs import Case, distances, in_pytorch
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from artifacts import build
 from finetune_runs import in_new_python, write_data
-from step_artifacts import StepRecipe, build_steps
+from hand_steps import StepRecipe
+from step_artifacts import build_steps
 from tiny_network import Recipe
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_cases import batch, distance, worst
+from hand_steps import StepRecipe
 from safetensors.numpy import load_file
-from step_artifacts import StepArtifact, StepRecipe, add_training_files, build_steps
+from step_artifacts import StepArtifact, add_training_files, build_steps
 
 from lorac_runtime.engines import Engine, open_engine, wheel
 from lorac_runtime.engines.training_state import FILE_NAME

@@ -15,7 +15,7 @@ import torch
 from adapted_steps import SGD, Sample, artifact, batches, check_steps, compare, device, sample
 from exporter_graphs import image, outputs
 from networks import touch_adapters
-from step_networks import Case, Outcome, in_pytorch
+from step_runs import Case, Outcome, in_pytorch
 from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter, save_module_adapter

@@ -23,7 +23,7 @@ from adapted_steps import (
 )
 from exporter_graphs import image, outputs
 from networks import touch_adapters
-from step_networks import Case, Outcome, in_pytorch
+from step_runs import Case, Outcome, in_pytorch
 from tflite_runtimes import answers
 from torch import nn
 

@@ -15,7 +15,7 @@ from adapted_steps import (
     vgg,
 )
 from exporter_graphs import from_text, numbers
-from step_networks import Case
+from step_runs import Case
 from torch import nn
 
 from lorac_deploy.lora import LoraConfig, detach, select_trainable

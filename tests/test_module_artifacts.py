@@ -11,7 +11,7 @@ import pytest
 import torch
 from module_networks import CLASSES, PLAIN_SGD, exported, network, prepared, samples, spec
 from networks import touch_adapters
-from step_networks import Case
+from step_runs import Case
 from tflite_agreement import compared
 from torch import nn
 

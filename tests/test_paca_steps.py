@@ -18,20 +18,8 @@ from gradient_cases import TOLERANCE, graph_of
 from gradient_cases import run as run_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_networks import (
-    Arrays,
-    Case,
-    batches,
-    changes,
-    graphs_of,
-    in_graph,
-    in_pytorch,
-    prepared,
-    starting,
-    step_config,
-    step_graph,
-    trained_only,
-)
+from step_networks import batches, graphs_of, prepared, step_graph
+from step_runs import Arrays, Case, changes, in_graph, in_pytorch, starting, step_config, trained_only
 from torch import Tensor, nn
 from torch.nn import functional
 

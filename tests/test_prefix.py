@@ -14,18 +14,8 @@ import torch
 from exporter_graphs import from_text, numbers, outputs
 from random_networks import random_network
 from small_artifacts import LORA, SPEC, export
-from step_networks import (
-    Case,
-    batches,
-    distances,
-    graphs_of,
-    in_graph,
-    in_pytorch,
-    prepared,
-    starting,
-    step_config,
-    step_graph,
-)
+from step_networks import batches, graphs_of, prepared, step_graph
+from step_runs import Case, distances, in_graph, in_pytorch, starting, step_config
 
 from lorac_exporters import training_step as steps
 from lorac_exporters.canonical import canonicalize

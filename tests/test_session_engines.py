@@ -12,8 +12,9 @@ import pytest
 from cli_runs import Run, arrays, runner
 from engine_cases import distance
 from finetune_runs import StopError, contents, held_out, run_onnx, stop_at, write_data
+from hand_steps import StepRecipe
 from safetensors.numpy import load_file
-from step_artifacts import StepArtifact, StepRecipe, add_training_files, build_steps
+from step_artifacts import StepArtifact, add_training_files, build_steps
 
 from lorac_runtime import resume, session
 from lorac_runtime.config import FinetuneConfig, Settings

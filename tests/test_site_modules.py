@@ -9,7 +9,7 @@ import pytest
 import torch
 from module_networks import NETWORKS, graphs_of, network, samples
 from networks import touch_adapters
-from step_networks import Case
+from step_runs import Case
 from torch import Tensor, nn
 
 from lorac_deploy.adapter_files import attach_adapter, load_module_adapter, save_module_adapter

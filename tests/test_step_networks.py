@@ -12,18 +12,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from step_networks import (
+from step_networks import batches, prepared, step_graph
+from step_runs import (
     Case,
     Outcome,
-    batches,
     changes,
     distances,
     in_graph,
     in_pytorch,
     in_pytorch_kernels,
-    prepared,
     starting,
-    step_graph,
     trained_only,
 )
 

@@ -213,6 +213,7 @@ def test_methods_that_need_no_labels_get_none(folder: Path, monkeypatch: pytest.
         "seeds = [0, 1]", "seeds = [0]"
     )
     (folder / "study.toml").write_text(text)
+    shutil.rmtree(folder / "study" / "cells")
     seen: dict[str, set[str]] = {}
     real = runner.run_cell.__globals__["finetune"]
 

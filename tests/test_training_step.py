@@ -2,103 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
-from exporter_graphs import from_text, numbers
-from step_networks import (
-    Case,
-    batches,
+from step_files import BATCH, CASES, Make, Written, images_or_features, one_group, statistics, stored, write_small
+from step_networks import batches, step_graph
+from step_runs import (
     carried_over,
     distances,
     first_state,
-    graphs_of,
     in_graph,
     in_pytorch,
-    prepared,
     relative,
     run,
     session,
-    starting,
     step_config,
-    step_graph,
     whole_session,
 )
 
-from lorac_exporters.artifact import ArtifactConfig, write_artifact
-from lorac_exporters.branches import form_of
 from lorac_exporters.external import WEIGHTS
 from lorac_exporters.gradients.optimizers import state_names
 from lorac_exporters.gradients.tape import dims
 from lorac_exporters.graph_tools import name_of, nodes_of, to_bytes
-from lorac_exporters.graphs import Graphs, build_graphs
-from lorac_exporters.inject import starting_values
-from lorac_exporters.plan import LoraConfig
 from lorac_exporters.prefix import PREFIX
-from lorac_exporters.training_step import (
-    EVAL,
-    GRADIENT,
-    OPTIMIZER,
-    TRAIN,
-    StepConfig,
-    eval_step,
-    gradient_step,
-    optimizer_step,
-    prefix_step,
-    train_step,
-    write,
-)
-from lorac_runtime.errors import ConversionError
-from lorac_runtime.manifest import BASE, InputSpec, Trainable, TrainingDefaults
-
-SGD = TrainingDefaults(optimizer="sgd", momentum=0.9, clip_norm=0.0)
-PLAIN_SGD = TrainingDefaults(optimizer="sgd", clip_norm=0.25)
-ADAMW = TrainingDefaults(weight_decay=0.01, clip_norm=0.5)
-AMSGRAD = TrainingDefaults(amsgrad=True)
-FROZEN, BATCH = Case(SGD), Case(ADAMW, policy="batch")
-CASES = {
-    "sgd": FROZEN,
-    "sgd without momentum": Case(PLAIN_SGD),
-    "adamw, batch": BATCH,
-    "amsgrad": Case(AMSGRAD),
-    "full": Case(SGD, method="full"),
-    "head": Case(SGD, method="head"),
-    "frozen factors": Case(SGD, lora=LoraConfig(rank=2, freeze_a=True)),
-    "learned alpha": Case(SGD, lora=LoraConfig(rank=2, learnable_alpha=True)),
-    "entropy": Case(dataclasses.replace(SGD, loss="entropy")),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """An engine's files with the network that they were made from."""
-
-    folder: Path
-    names: tuple[str, ...]
-    case: Case
-    net: torch.nn.Module
-    start: dict[str, np.ndarray]
-    graphs: Graphs
-
-    @property
-    def trained(self) -> dict[str, tuple[int, ...]]:
-        return {t.name: t.shape for t in self.graphs.plan.trainables}
-
-    def signature(self, file: str) -> tuple[dict[str, tuple[object, ...]], set[str]]:
-        """Inputs with their shapes, names of outputs, as onnxruntime tells them."""
-        graph = session(self.folder / file)
-        return {i.name: tuple(i.shape) for i in graph.get_inputs()}, {o.name for o in graph.get_outputs()}
-
-
-Make = Callable[[str], Written]
+from lorac_exporters.training_step import EVAL, GRADIENT, OPTIMIZER, TRAIN, eval_step, prefix_step, train_step
+from lorac_runtime.manifest import BASE
 
 
 @pytest.fixture(scope="module")
@@ -108,29 +41,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return write_small(CASES[name], tmp_path_factory.mktemp("steps"))
 
     return make
-
-
-def write_small(case: Case, folder: Path) -> Written:
-    net = prepared("small", case, smooth=True)
-    graphs, start = graphs_of("small", case, smooth=True), starting(net, case)
-    ir.save(graphs.base.model, folder / BASE)
-    return Written(folder, write(graphs, folder, start=start, config=step_config(case)), case, net, start, graphs)
-
-
-def images_or_features(written: Written) -> dict[str, tuple[object, ...]]:
-    """What a step takes first: in a network of which only the head trains, what its pooling gives."""
-    if written.case.method == "head":
-        return {"features.mean": ("batch", 16)}
-    return {"input": ("batch", 3, 12, 12)}
-
-
-def one_group(written: Written, prefix: str) -> dict[str, tuple[int, ...]]:
-    """The small network has a single packed vector."""
-    return {f"{prefix}.0": (sum(int(np.prod(shape)) for shape in written.trained.values()),)}
-
-
-def statistics(written: Written) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in written.start.items() if "running_" in name}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -211,20 +121,6 @@ def test_frozen_weights_lie_outside_and_adapters_that_do_not_train_inside(writte
         assert outside.keys() == (frozen if reads_frozen else set())
         fixed = {n: int(np.prod(shape)) for n, shape in made.graphs.plan.fixed.items()}
         assert {k: v for k, v in inside.items() if v > 16} == (fixed if file != OPTIMIZER else {})
-
-
-def stored(path: Path) -> tuple[dict[str, tuple[str, bytes]], dict[str, int]]:
-    """Initializers in other files, as (file, bytes), and sizes of the float vectors, matrices, ... inside."""
-    outside, inside = {}, {}
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            start, length = int(place["offset"]), int(place["length"])
-            content = (path.parent / place["location"]).read_bytes()[start : start + length]
-            outside[tensor.name] = (place["location"], content)
-        elif tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims:
-            inside[tensor.name] = int(np.prod(tensor.dims))
-    return outside, inside
 
 
 def test_weights_bin_holds_once_what_base_onnx_does_not_hold(written: Make) -> None:
@@ -334,18 +230,6 @@ def test_nothing_is_computed_below_the_head_where_it_alone_trains(written: Make)
     assert len(train) <= len(evaluate) + 30
 
 
-def test_nothing_is_computed_below_the_lowest_block_that_trains() -> None:
-    case = Case(SGD, lora=LoraConfig(rank=2, blocks=("conv4",)))
-    graphs = graphs_of("small", case, smooth=True)
-    start = starting_values(graphs.plan, graphs.base.values, seed=0)
-    found = []
-    for make in (prefix_step, train_step):
-        initializers = make(graphs, start, step_config(case)).graph.initializers
-        weights = (f"conv{i}.weight" for i in range(1, 5))
-        found.append({name: len(initializers[name].uses()) for name in weights if name in initializers})
-    assert found == [{"conv1.weight": 1, "conv2.weight": 1, "conv3.weight": 1}, {"conv4.weight": 1}]
-
-
 def test_the_gradient_of_the_images_is_never_computed(written: Make) -> None:
     made = written("full")
     inputs = train_step(made.graphs, made.start, step_config(made.case)).graph.inputs
@@ -368,110 +252,6 @@ def test_writing_leaves_the_graphs_as_they_were(written: Make, tmp_path: Path) -
     before = to_bytes(graphs.base.model), to_bytes(graphs.original.model)
     write_small(BATCH, tmp_path)
     assert (to_bytes(graphs.base.model), to_bytes(graphs.original.model)) == before
-
-
-CLASHING = """
-    w = Conv <pads = [1, 1, 1, 1]> (x, stem.weight)  loss = Relu (w)  gradient_norm = Neg (loss)
-    g = GlobalAveragePool (gradient_norm)  step = Flatten (g)  y = Gemm <transB = 1> (step, fc.weight, fc.bias)
-"""
-
-
-def test_values_of_a_model_that_have_names_of_the_contract_give_way() -> None:
-    model = from_text(CLASHING, weights=numbers(stem_weight=(8, 3, 3, 3), fc_weight=(5, 8), fc_bias=(5,)))
-    settings = {"spec": SPEC, "classes": 5, "new_head": False, "method": "full", "lora": LoraConfig()}
-    graphs = build_graphs(model, policy="frozen", **settings)
-    start = starting_values(graphs.plan, graphs.base.values, seed=0)
-    step = session(train_step(graphs, start, step_config(FROZEN)))
-    images = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
-    labels = np.arange(4)
-    found = run(step, {"x": images, "labels": labels, "lr": np.float32(0), **first_state(step, start)})
-    logits = run(session(graphs.base.model), {"x": images})["y"]
-    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels))
-    assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("taken", ["labels", "lr", "step", "weight", "momentum.0", "loss", "gradient_norm"])
-def test_a_parameter_that_has_a_name_of_the_contract_is_refused(taken: str) -> None:
-    body = CLASHING.replace("stem.weight", "mine").replace(f"{taken} =", "other =").replace(f"({taken}", "(other")
-    model = from_text(body, weights=numbers(mine=(8, 3, 3, 3), fc_weight=(5, 8), fc_bias=(5,)))
-    settings = {"spec": SPEC, "classes": 5, "new_head": False, "method": "head", "lora": LoraConfig()}
-    graphs = build_graphs(model, policy="frozen", **settings)
-    graphs.base.model.graph.initializers["mine"].name = taken
-    start = starting_values(graphs.plan, graphs.base.values, seed=0)
-    with pytest.raises(ConversionError, match=rf"names of the model .*\n  - {taken}"):
-        (gradient_step if taken == "weight" else train_step)(graphs, start, step_config(FROZEN))
-
-
-BODY = """
-    a = Conv <pads = [1, 1, 1, 1]> (x, stem.weight)  b = Round (a)  c = Relu (b)  d = Conv (c, mid.weight)
-    e = Sign (d)  g = GlobalAveragePool (e)  f = Flatten (g)  y = Gemm <transB = 1> (f, fc.weight, fc.bias)
-"""
-SHAPES = {"stem_weight": (8, 3, 3, 3), "mid_weight": (8, 8, 3, 3), "fc_weight": (5, 8), "fc_bias": (5,)}
-SPEC = InputSpec("x", (3, 8, 8), 1 / 255, (0.5,) * 3, (0.25,) * 3)
-
-
-def test_operators_without_a_rule_are_all_named_and_nothing_is_written(tmp_path: Path) -> None:
-    model = from_text(BODY, weights=numbers(**SHAPES))
-    with pytest.raises(ConversionError, match=r"(?s)Round '.*Sign '"):
-        write_artifact(
-            model,
-            tmp_path / "artifact",
-            name="steps",
-            spec=SPEC,
-            class_names=tuple("abcde"),
-            config=ArtifactConfig(lora=LoraConfig(rank=1), engine="onnxruntime"),
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_writer_itself_names_them_before_it_writes(tmp_path: Path) -> None:
-    settings = {"spec": SPEC, "classes": 5, "new_head": False, "method": "full", "lora": LoraConfig()}
-    graphs = build_graphs(from_text(BODY, weights=numbers(**SHAPES)), policy="frozen", **settings)
-    ir.save(graphs.base.model, tmp_path / BASE)
-    start = starting_values(graphs.plan, graphs.base.values, seed=0)
-    with pytest.raises(ConversionError, match=r"(?s)Round '.*Sign '"):
-        write(graphs, tmp_path, start=start, config=StepConfig(SGD, form_of("auto")))
-    assert [path.name for path in tmp_path.iterdir()] == [BASE]
-
-
-@pytest.mark.parametrize("make", [train_step, gradient_step])
-def test_tensors_that_no_gradient_reaches_are_named(make) -> None:  # type: ignore[no-untyped-def]
-    graphs = graphs_of("small", FROZEN, smooth=True)
-    apart = (Trainable("apart", (3,), "weight"), Trainable("aside", (2,), "bias"))
-    plan = dataclasses.replace(graphs.plan, trainables=(*graphs.plan.trainables, *apart))
-    start = starting(prepared("small", FROZEN, smooth=True), FROZEN)
-    with pytest.raises(ConversionError, match=r"(?s)no gradient reaches these tensors.*apart.*aside") as caught:
-        make(dataclasses.replace(graphs, plan=plan), start, step_config(FROZEN))
-    assert "fc.weight" not in str(caught.value)
-
-
-def test_large_tensors_have_vectors_of_their_own() -> None:
-    plan = graphs_of("small", FROZEN, smooth=True).plan
-    large = (Trainable("large", (512, 1024), "weight"), Trainable("larger", (1 << 20,), "weight"))
-    graphs = dataclasses.replace(
-        graphs_of("small", FROZEN, smooth=True), plan=dataclasses.replace(plan, trainables=(*large, *plan.trainables))
-    )
-    model = optimizer_step(graphs, step_config(FROZEN))
-    shapes = {i.name: dims(i) for i in model.graph.inputs}
-    small = sum(int(np.prod(t.shape)) for t in plan.trainables)
-    for kind in ("gradient", "momentum"):
-        assert [shapes[f"{kind}.{k}"] for k in range(3)] == [(small,), (1 << 19,), (1 << 20,)]
-    groups = json.loads(model.metadata_props["lorac.groups"])
-    assert groups == [[t.name for t in plan.trainables], ["large"], ["larger"]]
-
-
-@pytest.mark.slow
-def test_the_step_of_a_resnet18_adds_little_to_its_base(tmp_path: Path) -> None:
-    case = Case(ADAMW, lora=LoraConfig(rank=4))
-    graphs = graphs_of("resnet18", case, smooth=False)
-    ir.save(graphs.base.model, tmp_path / BASE)
-    start = starting_values(graphs.plan, graphs.base.values, seed=0)
-    names = write(graphs, tmp_path, start=start, config=step_config(case))
-    sizes = {name: (tmp_path / name).stat().st_size for name in names}
-    assert sizes[TRAIN] <= 400_000
-    assert sum(sizes.values()) <= 1_000_000
-    assert (tmp_path / BASE).stat().st_size > 40_000_000
-    onnx.checker.check_model(tmp_path / TRAIN, full_check=True)
 
 
 def test_steps_from_the_files_are_those_of_the_graph_in_memory(written: Make) -> None:
