@@ -15,7 +15,7 @@ import pytest
 from lorac_deploy.checkpoint import save_checkpoint
 from lorac_deploy.commands.study import main
 from lorac_deploy.models import ModelSpec, build
-from lorac_deploy.study import runner
+from lorac_deploy.study import plots, runner
 from lorac_deploy.study.bench import accuracy, open_bench
 from lorac_deploy.study.cells import grid
 from lorac_deploy.study.config import StudyConfig, StudyError, read_config
@@ -193,6 +193,10 @@ def test_the_command_writes_tables_and_plots(folder: Path) -> None:
     for name in ("accuracy.png", "cost.png", "samples.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob("part-*"))
+
+
+def test_no_two_methods_look_the_same_in_a_plot() -> None:
+    assert len({(plots._colour(k), plots._marker(k)) for k in range(70)}) == 70
 
 
 def test_a_method_that_does_not_fit_the_network_is_named_before_any_training(folder: Path) -> None:

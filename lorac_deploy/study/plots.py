@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 150
+COLOURS = 10
+MARKERS = "osD^vPX"  # seven, so that no pair of colour and marker repeats below 70 methods
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
@@ -35,7 +37,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 def _save(plot: object, rows: Sequence[Row], path: Path, *, wide: bool = False) -> Path:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5) if wide else (6.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5) if wide else (7.5, 4.5), layout="constrained")
     plot(figure.add_subplot(), rows)  # type: ignore[operator]
     part = path.with_name(f"part-{path.name}")
     figure.savefig(part, dpi=DPI)
@@ -53,13 +55,23 @@ def _bars(axes: Axes, rows: Sequence[Row]) -> None:
         places = [i + (k - (len(methods) - 1) / 2) * width for i in range(len(drifts))]
         deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in own]
         means = [statistics.fmean(v) if v else 0.0 for v in own]
-        axes.bar(places, means, width, yerr=deviations, label=str(method), error_kw={"lw": 0.8})
+        hatch = "///" if k % 20 >= COLOURS else None
+        axes.bar(
+            places,
+            means,
+            width,
+            yerr=deviations,
+            color=_colour(k),
+            hatch=hatch,
+            label=str(method),
+            error_kw={"lw": 0.8},
+        )
     for i, drift in enumerate(drifts):
         base = 100 * chosen(best, drift=drift)[0].base_drifted
         axes.hlines(base, i - 0.45, i + 0.45, color="black", linestyle=":", label="base" if i == 0 else "_base")
     axes.set_xticks(range(len(drifts)), [str(d).replace("_", " ") for d in drifts], rotation=20, ha="right")
     axes.set_ylabel("accuracy under drift (%)")
-    axes.legend(fontsize=7, ncols=3)
+    _legend(axes)
 
 
 def _cost(axes: Axes, rows: Sequence[Row]) -> None:
@@ -68,11 +80,12 @@ def _cost(axes: Axes, rows: Sequence[Row]) -> None:
     for k, method in enumerate(names(best, "method")):
         own = chosen(best, method=method)
         work = (own[0].costs["multiply_adds"] + own[0].costs["prefix_multiply_adds"]) / 1e6
-        axes.plot(work, statistics.fmean(_drifted(own)), "osD^vP*X<>"[k % 10], label=str(method), markersize=8)
+        accuracy = statistics.fmean(_drifted(own))
+        axes.plot(work, accuracy, _marker(k), color=_colour(k), label=str(method), markersize=8)
     axes.set_xlabel("million multiply-adds of a step")
     axes.set_ylabel("accuracy under drift, mean (%)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    _legend(axes)
 
 
 def _sizes(axes: Axes, rows: Sequence[Row]) -> None:
@@ -84,14 +97,27 @@ def _wrong(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _lines(axes: Axes, rows: Sequence[Row], field: str, label: str) -> None:
-    for method in names(rows, "method"):
+    for k, method in enumerate(names(rows, "method")):
         values = names(chosen(rows, method=method), field)
-        groups = [_drifted(chosen(rows, method=method, **{field: v})) for v in values]
-        axes.plot(values, [statistics.fmean(g) for g in groups], "o-", label=str(method))  # type: ignore[arg-type]
+        means = [statistics.fmean(_drifted(chosen(rows, method=method, **{field: v}))) for v in values]
+        axes.plot(values, means, f"{_marker(k)}-", color=_colour(k), label=str(method))  # type: ignore[arg-type]
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy under drift, mean (%)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    _legend(axes)
+
+
+def _colour(k: int) -> str:
+    return f"C{k % COLOURS}"
+
+
+def _marker(k: int) -> str:
+    return MARKERS[k % len(MARKERS)]
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the plot, where it hides nothing."""
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _drifted(rows: Sequence[Row]) -> list[float]:
