@@ -45,7 +45,7 @@ def test_progress_goes_to_stderr_and_a_table_to_stdout(run: Run, tmp_path: Path)
     rows = dict(line.split(maxsplit=1) for line in stdout.splitlines())
     assert list(rows) == ["accuracy", "loss", "trained", "images", "time", "memory", "written"]
     assert rows["trained"].startswith("729 of 1,307 parameters (55.78%)")
-    assert rows["images"] == "19 for training, 5 held out"
+    assert rows["samples"] == "19 for training, 5 held out"
     assert str(tmp_path / "out" / "fused.onnx") in rows["written"]
 
 
@@ -58,8 +58,8 @@ def test_json_is_the_report_and_quiet_is_quiet(run: Run, tmp_path: Path) -> None
 def test_without_held_out_images_the_table_says_so(run: Run) -> None:
     status, stdout, stderr = run("--val-fraction", "0")
     assert status == 0
-    assert "not measured: no images were held out" in stdout
-    assert "no images are held out" in stderr
+    assert "not measured: no samples were held out" in stdout
+    assert "no samples are held out" in stderr
 
 
 def test_the_same_command_again_says_that_it_is_finished(run: Run) -> None:

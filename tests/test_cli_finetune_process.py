@@ -55,7 +55,7 @@ def test_the_script_runs_from_a_checkout_that_is_not_installed(
     command = [root / "runtime" / "ort_finetune.py", tiny.folder, "--data", data, "--out", tmp_path / "out"]
     done = run_isolated([*command, "--epochs", 1], tmp_path / "site", "onnxruntime")
     assert done.returncode == 0, done.stderr
-    assert "held-out images" in done.stdout
+    assert "held-out samples" in done.stdout
     assert (tmp_path / "out" / "fused.onnx").exists()
 
 

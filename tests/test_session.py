@@ -156,7 +156,7 @@ def test_without_held_out_images_there_are_no_accuracies(
     assert (report.accuracy_before, report.accuracy_after) == (None, None)
     assert (report.train_images, report.val_images) == (IMAGES, 0)
     assert json.loads((out / "report.json").read_text())["accuracy_after"] is None
-    assert "no images are held out" in caplog.text
+    assert "no samples are held out" in caplog.text
 
 
 @pytest.mark.parametrize(("policy", "steps"), [("frozen", 5), ("batch", 4)])

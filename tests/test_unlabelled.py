@@ -156,7 +156,7 @@ def test_the_command_says_why_there_are_no_accuracies(
     assert "accuracy  not measured: no labels\n" in capsys.readouterr().out
     assert main([str(artifacts / "recalibrate"), *data, "--out", str(tmp_path / "stats")]) == 0
     text = capsys.readouterr().out
-    assert "after, on held-out images; nothing trained" in text
+    assert "after, on held-out samples; nothing trained" in text
     assert "a step" not in text
     assert main([str(artifacts / "recalibrate"), *data, "--out", str(tmp_path / "x"), "--epochs", "2"]) == 1
     assert "--epochs would change nothing" in capsys.readouterr().err

@@ -266,7 +266,7 @@ def _show(report: TrainReport, saved: Path, console: Console) -> None:
     table = Table(show_header=False, title=str(saved))
     share = report.trained_parameters / report.model_parameters
     table.add_row("trained", f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})")
-    table.add_row("images", f"{report.train_images} for training, {report.val_images} for validation")
+    table.add_row("samples", f"{report.train_images} for training, {report.val_images} for validation")
     before, after = report.accuracy_before, report.val_accuracy
     if before is not None and after is not None:
         table.add_row("validation", f"{before:.1%} before, {after:.1%} after (epoch {report.kept_epoch})")

@@ -190,7 +190,7 @@ def table(report: FinetuneReport, out: Path) -> str:
         "accuracy": _accuracies(report),
         "loss": _losses(report),
         "trained": f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})",
-        "images": f"{report.train_images} for training, {report.val_images} held out",
+        "samples": f"{report.train_images} for training, {report.val_images} held out",
         "time": f"{report.seconds:.1f} s" + (f", a step {1e3 * report.step_seconds:.1f} ms" if report.losses else ""),
         "memory": memory,
         **({} if report.cache is None else {"cache": _cache(report.cache)}),
@@ -210,12 +210,12 @@ def _losses(report: FinetuneReport) -> str:
     if report.epoch_losses:
         return f"{report.epoch_losses[0]:.4f} in the first epoch, {report.epoch_losses[-1]:.4f} in the last"
     if report.loss_before is None or report.loss_after is None:
-        return "not measured: no images were held out"
-    return f"{report.loss_before:.4f} before, {report.loss_after:.4f} after, on held-out images; nothing trained"
+        return "not measured: no samples were held out"
+    return f"{report.loss_before:.4f} before, {report.loss_after:.4f} after, on held-out samples; nothing trained"
 
 
 def _accuracies(report: FinetuneReport) -> str:
     before, after = report.accuracy_before, report.accuracy_after
     if before is None or after is None:
-        return f"not measured: no {'labels' if report.val_images else 'images were held out'}"
-    return f"{before:.1%} before, {after:.1%} after, on {report.val_images} held-out images"
+        return f"not measured: no {'labels' if report.val_images else 'samples were held out'}"
+    return f"{before:.1%} before, {after:.1%} after, on {report.val_images} held-out samples"

@@ -52,7 +52,7 @@ class FinetuneConfig:
         None, "share of all steps in which the learning rate rises, 0 to 1 (default: the artifact's)"
     )
     val_fraction: float = _option(
-        0.2, "share of the images held out, by class, for the accuracies before and after (default: %(default)s)"
+        0.2, "share of the samples held out, by class, for the accuracies before and after (default: %(default)s)"
     )
     seed: int = _option(0, "seed of the split and of the order of images (default: %(default)s)")
     engine: str = _option(

@@ -110,7 +110,7 @@ def _resumed_or_begun(engine: Engine, job: Job, inputs: Inputs | None, *, restar
     except ValueError as err:
         raise AdapterError(str(err)) from err
     if not len(job.held_out):
-        log.info("no images are held out: there will be no accuracies")
+        log.info("no samples are held out: there will be no accuracies")
     elif job.training.data.labels is None:
         log.info("the data have no labels: there will be no accuracies")
     before = evaluate(engine, job.probe, inputs)
@@ -199,7 +199,7 @@ def _warn(report: FinetuneReport) -> None:
         log.warning("the loss rose from %.3g in the first epoch to %.3g: try a lower lr", first, last)
     before, after = report.accuracy_before, report.accuracy_after
     if before is not None and after is not None and after < before:
-        log.warning("on held-out images the model got worse, from %.1f to %.1f %%", 100 * before, 100 * after)
+        log.warning("on held-out samples the model got worse, from %.1f to %.1f %%", 100 * before, 100 * after)
 
 
 def _ignore(progress: Progress) -> None:
