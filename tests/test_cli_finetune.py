@@ -43,7 +43,7 @@ def test_progress_goes_to_stderr_and_a_table_to_stdout(run: Run, tmp_path: Path)
     assert lines[0] == "engine onnxruntime-training; not onnxruntime: the artifact has no files for it"
     assert all(word in lines[2] for word in ("step 6/6", "loss ", "lr ", " s ", "eta 0 s"))
     rows = dict(line.split(maxsplit=1) for line in stdout.splitlines())
-    assert list(rows) == ["accuracy", "loss", "trained", "images", "time", "memory", "written"]
+    assert list(rows) == ["accuracy", "loss", "trained", "samples", "time", "memory", "written"]
     assert rows["trained"].startswith("729 of 1,307 parameters (55.78%)")
     assert rows["samples"] == "19 for training, 5 held out"
     assert str(tmp_path / "out" / "fused.onnx") in rows["written"]
