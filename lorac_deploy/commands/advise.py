@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 from lorac_deploy.advise import DEFAULT_METHODS, TRIAL_STEPS
 from lorac_deploy.commands._common import guarded
 from lorac_deploy.commands._options import names
 from lorac_deploy.commands._progress import counted
+from lorac_deploy.commands._tables import standard_output
 from lorac_exporters.methods import METHODS
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(advice: Advice, out: Path) -> None:
-    console = Console()
+    console = standard_output()
     if advice.scores:
         told = ", ".join(f"{word} {score:.2f}" for word, score in advice.scores.items())
         console.print(f"relative gradients of the blocks: {told}", soft_wrap=True)
@@ -104,18 +105,19 @@ def _show(advice: Advice, out: Path) -> None:
 
 
 def _table(advice: Advice) -> Table:
-    table = Table(title=f"{advice.samples} samples, {advice.epochs} epochs")
+    title = f"{advice.samples} samples, {advice.epochs} epochs"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in (
         "what trains",
         "parameters",
         "trials",
-        "held-out %",
+        "held-out\n%",
         "gain",
-        "G multiply-adds",
+        "G multiply-\nadds",
         "time",
-        "peak MB",
+        "peak\nMB",
     ):
-        table.add_column(column, justify="left" if column == "what trains" else "right")
+        table.add_column(column, justify="left" if column == "what trains" else "right", no_wrap=True)
     for option in advice.options:
         s = option.score
         found = (f"{100 * s.accuracy:.1f}", f"{100 * s.gain:+.1f}") if s.failed is None else ("diverged", "")

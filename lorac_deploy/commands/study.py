@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +11,12 @@ from rich.console import Console
 
 from lorac_deploy.commands._common import guarded
 from lorac_deploy.commands._progress import counted
+from lorac_deploy.commands._tables import standard_output
 
 if TYPE_CHECKING:
     from lorac_deploy.study.summary import Table
     from lorac_deploy.study.worker import Row
 
-WIDTH = 160  # of tables where no terminal says how wide it is
 EXAMPLE = """\
 an example of a study's file:
   checkpoint = "base"          # folder of `lorac-deploy train`
@@ -74,7 +73,7 @@ def _report(rows: list[Row], out: Path, target_gain: float) -> int:
     from lorac_deploy.study.summary import as_csv, tables
 
     failed = [row for row in rows if row.failed is not None]
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = standard_output()
     (out / "results.csv").write_text(as_csv(rows), encoding="utf-8")
     if len(failed) < len(rows):
         found = tables(rows, target_gain)
