@@ -22,7 +22,7 @@ class Method:
     ("constant"), the shift wherever that is a tensor of its own ("shift"), or scale and shift, for which they stay
     layers of the graph that trains under every policy ("live"). ``trains`` is False where there are forward passes
     only, and no settings of steps. ``adapts``: whether layers get adapters, whose form can be chosen. ``lr``: the peak
-    learning rate that suits it (measured: docs/decisions). `policy`, `loss_of` and `training` say what a choice of the
+    learning rate that suits it (measured: docs/results.md). `policy`, `loss_of` and `training` say what a choice of the
     user's, or none, comes to.
 
     >>> from lorac_exporters.methods import METHODS
