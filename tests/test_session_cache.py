@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import signal
@@ -18,7 +19,7 @@ from finetune_runs import StopError, stop_at
 from small_artifacts import LORA, NAMES, SPEC, export, network
 
 from lorac_runtime.cache import PIECE, CacheReport, row_bytes
-from lorac_runtime.cache_file import space
+from lorac_runtime.cache_file import CacheFile, space
 from lorac_runtime.cli import main
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines.prefix import Prefix
@@ -106,6 +107,23 @@ def test_a_cache_too_small_for_all_keeps_the_first_and_changes_no_bit(
     assert sum(files) == cache_of(report).nbytes <= budget
     needed = -(-space(IMAGES, row) // 1000)
     assert f"room for {room} of {IMAGES} samples; --cache {needed}KB holds all" in caplog.text
+
+
+def test_a_disk_that_cannot_be_read_any_more_changes_no_bit(
+    artifacts: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune(artifacts["last"], data, tmp_path / "plain", CONFIG)
+    whole, calls = CacheFile._gathered, itertools.count()
+
+    def failing(file: CacheFile, places: list[int]) -> object:
+        if next(calls) >= 8:  # all samples are kept by then, and the session of the front is closed
+            raise OSError(5, "Input/output error")
+        return whole(file, places)
+
+    monkeypatch.setattr(CacheFile, "_gathered", failing)
+    report = run(artifacts["last"], data, tmp_path / "cached")
+    assert report.stored == 0 < report.hits
+    assert results(tmp_path / "cached") == results(tmp_path / "plain")
 
 
 def test_a_stopped_run_goes_on_with_what_its_cache_holds(

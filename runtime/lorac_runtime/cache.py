@@ -166,7 +166,7 @@ class FeatureCache:
         found, rows = self._file.read([names[place] for place in part])
         kept = [part[i] for i in found]
         self._put(made, kept, rows)
-        return part if not kept else sorted(set(part) - set(kept))
+        return sorted(set(part) - set(kept))
 
     def _rest(self) -> None:
         """Without a sample to compute, the session of the front only takes memory."""
