@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cifar10 import DATA, Images, Labels, local_and_test, resnet20_checkpoint
-from benchmarks.environment import environment
+from lorac_deploy.bench.environment import environment
 from lorac_deploy.corruptions import corrupt
 from lorac_deploy.export import export_training_artifact
 from lorac_exporters.artifact import ArtifactConfig

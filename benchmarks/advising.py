@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.environment import environment
 from lorac_deploy.advise.advice import advise
 from lorac_deploy.advise.trial import Trial
+from lorac_deploy.bench.environment import environment
 from lorac_deploy.export import export_training_artifact
 from lorac_deploy.study.bench import Bench, open_bench, read_local, write_local
 from lorac_deploy.study.cells import grid

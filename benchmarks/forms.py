@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from benchmarks.environment import environment
-from benchmarks.environments import ROOT, RUNTIME, parsed_interpreters, python
+from benchmarks.interpreters import ROOT, RUNTIME, parsed_interpreters, python
+from lorac_deploy.bench.environment import environment
 from lorac_exporters.branches import FORMS, Factors, Form, add_adapters, form_of
 from lorac_exporters.form_costs import Work, branch_work, weight_work
 from lorac_exporters.gradients.geometry import Geometry

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.environment import environment
+from lorac_deploy.bench.environment import environment
 from lorac_deploy.models import ModelSpec, build
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import step_options as so
-from benchmarks.environment import environment
 from benchmarks.step_cases import Case, cases
 from benchmarks.step_competitors import MEMORY, chosen
 from benchmarks.step_process import Worker, WorkerError
+from lorac_deploy.bench.environment import environment
 
 QUICK = "ours-r,torch-weight"
 

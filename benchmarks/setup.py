@@ -1,5 +1,5 @@
 """Make the Python environments that other benchmarks need: ``python -m benchmarks setup``."""
 
-from benchmarks.environments import main
+from benchmarks.interpreters import main
 
 __all__ = ["main"]

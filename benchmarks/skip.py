@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cifar10 import DATA, local_and_test, resnet20_checkpoint
-from benchmarks.environment import environment
+from lorac_deploy.bench.environment import environment
 from lorac_deploy.checkpoint import save_checkpoint
 from lorac_deploy.corruptions import corrupt
 from lorac_deploy.data import Dataset

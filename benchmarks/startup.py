@@ -16,10 +16,10 @@ from typing import Any
 
 from benchmarks import step_options as so
 from benchmarks import step_rounds as sr
-from benchmarks.environment import environment
 from benchmarks.step_cases import cases
 from benchmarks.step_competitors import REFERENCE, STARTUP, chosen
 from benchmarks.step_process import Worker
+from lorac_deploy.bench.environment import environment
 
 QUICK = "ours-r,torch-weight"
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from benchmarks import step_options as so
 from benchmarks import step_rounds as sr
-from benchmarks.environment import environment
 from benchmarks.step_cases import Case, cases
 from benchmarks.step_competitors import FLOOR, REFERENCE, STEP, chosen
 from benchmarks.step_process import SETTLE, Worker, opened
+from lorac_deploy.bench.environment import environment
 
 WARMUP = 3  # steps of each competitor before the first round
 QUICK = "ours-r,forward-twice,torch-weight"

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
-from benchmarks.environments import ROOT
+from benchmarks.interpreters import ROOT
 from benchmarks.step_competitors import SIMPLIFIED, variants
 from benchmarks.step_protocol import NETWORK
 from lorac_deploy.folding import fold_batchnorm

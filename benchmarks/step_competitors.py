@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from benchmarks.environments import ONNXSIM, PROJECT, RUNTIME
+from benchmarks.interpreters import ONNXSIM, PROJECT, RUNTIME
 from lorac_exporters.artifact import ArtifactConfig
 from lorac_exporters.plan import LoraConfig
 

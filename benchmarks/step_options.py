@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environments import ONNXSIM, ROOT, parsed_interpreters, python
+from benchmarks.interpreters import ONNXSIM, ROOT, parsed_interpreters, python
 from benchmarks.step_cases import Case
 from benchmarks.step_competitors import SIMPLIFIED, Competitor, chosen
 from benchmarks.step_protocol import Job

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.environments import ROOT
+from benchmarks.interpreters import ROOT
 from benchmarks.step_protocol import Job
 
 SETTLE = 0.05  # seconds: threads of an OpenMP team spin for some milliseconds after their work

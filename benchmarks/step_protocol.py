@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.environment import environment
+from lorac_deploy.bench.environment import environment
 
 LR = 1e-5  # small: after hundreds of steps the numbers are still those of training, not of a loss of zero
 CLIP = 1.0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cifar10 import DATA, OFFICIAL_TEST, images, pretrained_checkpoint
-from benchmarks.environment import environment
+from lorac_deploy.bench.environment import environment
 from lorac_deploy.commands.study import main as study
 from lorac_deploy.study_data import vendor_split
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import environments as envs
-from benchmarks.environment import environment
-from benchmarks.equivalence import Equivalence, equivalence
+from benchmarks import interpreters as envs
 from benchmarks.step_process import Worker
 from benchmarks.step_protocol import Job
 from benchmarks.step_rounds import interleaved, summary
 from benchmarks.tflite_files import Network, network, other_file, our_files
+from lorac_deploy.bench.environment import environment
+from lorac_deploy.bench.equivalence import Equivalence, equivalence
 
 RUNTIMES = {"tflite-runtime": envs.TFLITE_RUNTIME, "ai-edge-litert": envs.LITERT}
 CONVERTERS = {"litert-torch": envs.LITERT_TORCH, "onnx2tf": envs.ONNX2TF}

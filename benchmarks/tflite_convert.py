@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
 from benchmarks.step_protocol import own_stdout, peak_bytes
+from lorac_deploy.bench.environment import environment
 
 SAMPLES = "calibration_image_sample_data_20x128x128x3_float32.npy"  # the name under which onnx2tf looks for images
 

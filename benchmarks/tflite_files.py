@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.environments import ROOT
+from benchmarks.interpreters import ROOT
 from lorac_deploy.models import ModelSpec, build
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.canonical import Canonical, canonicalize

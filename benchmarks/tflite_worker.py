@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.environment import environment
 from benchmarks.step_protocol import Job, serve_job
+from lorac_deploy.bench.environment import environment
 
 MODULES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import environments, memory, startup, step, step_competitors
+from benchmarks import interpreters as environments
+from benchmarks import memory, startup, step, step_competitors
 from benchmarks import step_options as so
 from benchmarks import step_rounds as sr
 from benchmarks.step_cases import Case
@@ -49,7 +50,7 @@ def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return result
 
 
-@pytest.mark.parametrize("name", ["environments", "step_options", "step_rounds", "step_worker_forward"])
+@pytest.mark.parametrize("name", ["interpreters", "step_options", "step_rounds", "step_worker_forward"])
 def test_examples_in_docstrings_hold(name: str) -> None:
     tried = doctest.testmod(importlib.import_module(f"benchmarks.{name}"))
     assert tried.attempted > 0

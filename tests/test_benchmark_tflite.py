@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import environments as envs
+from benchmarks import interpreters as envs
 from benchmarks import tflite
 from benchmarks.step_protocol import Job
 from benchmarks.tflite_files import network, our_files

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.equivalence import equivalence
+from lorac_deploy.bench.equivalence import equivalence
 
 
 def rounds(ratio: float, spread: float, count: int, *, seed: int) -> list[float]:
