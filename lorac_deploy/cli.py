@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "advise": Command("lorac_deploy.commands.advise", "choose method and block for the drift in local data"),
     "study": Command("lorac_deploy.commands.study", "compare methods over drifts, sizes and seeds"),
     "verify": Command("lorac_deploy.commands.verify", "check that a fused file is a drop-in for its base"),
+    "bench": Command("lorac_deploy.commands.bench", "measure whether a fused file is as fast as its base, here"),
     "certify": Command(
         "lorac_deploy.commands.certify", "compare the answers of PyTorch, ONNX and TFLite on real images"
     ),

@@ -1,0 +1,228 @@
+"""Is a fused file as fast as its base? Proved by structure, then measured on every runtime, with controls beside it.
+
+ResNet-18 and MobileNetV2 in full (two batch sizes, ONNX and TFLite, three precisions, all controls, planted faults);
+other networks as base and fused in float32. `lorac_deploy.bench.contest` says how it is measured. Images are as large
+as the networks' names say. Not counted: loading and first runs, which have rows of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import interpreters as envs
+from benchmarks.command import common_options, finish
+from benchmarks.latency_files import EXTRA_NODE, UNFOLDED, Network, Subject
+from benchmarks.rows import Row
+from lorac_deploy.bench.contest import QUICK, Contest, Effort, Entry, Outcome, hold
+from lorac_deploy.bench.pairs import BASE, BRANCH, FUSED, INPUTS, UNMERGED
+from lorac_deploy.bench.processes import WorkerError
+from lorac_exporters.checks import DropinReport
+from lorac_exporters.tflite_config import WEIGHTS, Weights
+
+Say = Callable[[str], None]
+RUNTIMES = {"onnx": (envs.RUNTIME, envs.TRAINING), "tflite": (envs.TFLITE_RUNTIME, envs.LITERT)}
+FULL = (Network("resnet18", 128), Network("mobilenet_v2", 128))
+OTHERS = tuple(
+    Network(name, size)
+    for name, size in (
+        *(("resnet34", 128), ("resnet50", 128), ("resnet101", 128)),
+        *(("mobilenet_v3_large", 128), ("resnet8", 32)),
+    )
+)
+MUST = {FUSED: "same", INPUTS: "different", BRANCH: "different", EXTRA_NODE: "different", UNFOLDED: "different"}
+NOT_IN_TFLITE = {
+    UNMERGED: "a .tflite file stores one weight a layer: adapters are merged when it is written",
+    INPUTS: "a .tflite file stores one weight a layer: adapters cannot be inputs of it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured. ``full`` networks have all variants, ``others`` base and fused in float32 at batch 1."""
+
+    full: tuple[Network, ...] = FULL
+    others: tuple[Network, ...] = OTHERS
+    batches: tuple[int, ...] = (1, 8)
+    precisions: tuple[Weights, ...] = WEIGHTS
+    threads: int = 1
+    effort: Effort = dataclasses.field(default_factory=Effort)
+    quick: bool = False
+    python: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def smallest(cls, python: Mapping[str, Path]) -> Settings:
+        """What --quick measures: one small network in float32."""
+        small = (Network("resnet8", 32),)
+        return cls(small, (), (1,), ("float32",), effort=QUICK, quick=True, python=python)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One format, precision and batch size of a network."""
+
+    subject: Subject
+    format: str
+    precision: Weights
+    batch: int
+    full: bool
+
+    def __str__(self) -> str:
+        return f"{self.subject.network.name} {self.format} {self.precision}, batch {self.batch}"
+
+
+def rows(settings: Settings, say: Say) -> list[Row]:
+    """Every case on every runtime."""
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for network in (*settings.full, *settings.others):
+            say(f"making the files of {network.name}")
+            subject = Subject(network, Path(scratch) / f"{network.name}-{network.size}")
+            for case in cases(subject, settings, full=network in settings.full):
+                found += case_rows(case, settings, say)
+    return found
+
+
+def cases(subject: Subject, settings: Settings, *, full: bool) -> Iterator[Case]:
+    """The cases of one network."""
+    precisions: tuple[Weights, ...] = settings.precisions if full else ("float32",)
+    for kind in RUNTIMES:
+        for precision in precisions:
+            for batch in settings.batches if full else settings.batches[:1]:
+                yield Case(subject, kind, precision, batch, full)
+
+
+def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
+    """One case on every runtime of its format, the structure's proof beside each figure."""
+    files = case.subject.files(case.format, case.precision, full=case.full)
+    reports = {v: case.subject.structure(case.format, case.precision, files, v) for v in files if v != BASE}
+    structures = {BASE: "", **{variant: in_words(report) for variant, report in reports.items()}}
+    entries = tuple(Entry(variant, path, _feeds(case, variant)) for variant, path in files.items())
+    found: list[Row] = []
+    for runtime in RUNTIMES[case.format]:
+        try:
+            interpreter = envs.python(runtime, settings.python)
+            contest = Contest(case.format, interpreter, entries, settings.threads)
+            outcome = hold(contest, settings.effort, functools.partial(_tell, say, f"{case}, {runtime}"))
+        except (FileNotFoundError, WorkerError) as err:
+            found += [_absent(case, settings, runtime, variant, str(err)) for variant in files]
+        else:
+            found += list(outcome_rows(case, settings, runtime, outcome, structures))
+        found += [_absent(case, settings, runtime, v, why) for v, why in _impossible(case).items()]
+    return found
+
+
+def _tell(say: Say, what: str, text: str) -> None:
+    say(f"{what}: {text}")
+
+
+def _feeds(case: Case, variant: str) -> Path:
+    """The images of a case, with the adapters where they are inputs."""
+    rich = variant == INPUTS
+    path = case.subject.folder / f"feeds-{case.batch}{'-inputs' if rich else ''}.npz"
+    if not path.exists():
+        shape = (case.batch, *case.subject.network.spec.shape)
+        images = np.random.default_rng(case.batch).standard_normal(shape, dtype=np.float32)
+        np.savez(path, input=images, **(case.subject.fed if rich else {}))  # type: ignore[arg-type]
+    return path
+
+
+def _impossible(case: Case) -> dict[str, str]:
+    return NOT_IN_TFLITE if case.format == "tflite" and case.full else {}
+
+
+def in_words(report: DropinReport) -> str:
+    """A drop-in report in a line: what failed, or how many checks passed."""
+    passed = sum(check.verdict == "pass" for check in report.checks)
+    failed = [f"{check.name}: {check.detail}" for check in report.checks if check.verdict == "fail"]
+    return f"not a drop-in: {'; '.join(failed)}" if failed else f"drop-in: {passed} checks"
+
+
+def _settings(case: Case, settings: Settings) -> dict[str, str | int | float]:
+    size = case.subject.network.size
+    return {"batch": case.batch, "precision": case.precision, "threads": settings.threads, "size": size}
+
+
+def _row(case: Case, settings: Settings, runtime: str, variant: str, quantity: str, **fields: Any) -> Row:
+    base = ("latency", case.subject.network.name, case.format, runtime, variant, quantity)
+    return Row(*base, unit="s", settings=_settings(case, settings), **fields)
+
+
+def _absent(case: Case, settings: Settings, runtime: str, variant: str, why: str) -> Row:
+    return _row(case, settings, runtime, variant, "latency", figure=None, note=why)
+
+
+def outcome_rows(
+    case: Case, settings: Settings, runtime: str, outcome: Outcome, structures: Mapping[str, str]
+) -> Iterable[Row]:
+    """Three rows for each file: latency, loading, first run; one for each that was refused."""
+    for variant, why in outcome.refused.items():
+        yield _absent(case, settings, runtime, variant, why)
+    for variant, timing in outcome.timings.items():
+        details: dict[str, Any] = {
+            "minimum": timing.minimum,
+            "ninetieth": timing.ninetieth,
+            "runs": timing.runs,
+            "structure": structures[variant],
+            "must": MUST.get(variant, ""),
+            "load average": outcome.load,
+            "stolen": outcome.stolen,
+            "samples": list(timing.samples),
+        }
+        test = outcome.against.get(variant)
+        fields: dict[str, Any] = {"figure": timing.median, "details": details}
+        if test is not None:
+            interval = {"low": test.low, "high": test.high, "bootstrap": list(test.bootstrap)}
+            details |= {**interval, "processes": test.observations, "margin": test.margin}
+            fields |= {"ratio": test.ratio, "reference": BASE, "verdict": test.verdict}
+        else:
+            details |= {"copies": dataclasses.asdict(outcome.control), "processes": outcome.processes}
+        yield _row(case, settings, runtime, variant, "latency", **fields)
+        yield _row(case, settings, runtime, variant, "load", figure=timing.load)
+        yield _row(case, settings, runtime, variant, "first run", figure=timing.first)
+
+
+def problems(found: Iterable[Row]) -> list[str]:
+    """What came out otherwise than it must: a reason not to trust a run, or a fused file that is not as fast."""
+    said = []
+    for row in found:
+        must = row.details.get("must", "")
+        if row.benchmark != "latency" or row.quantity != "latency" or not must or row.ratio is None:
+            continue
+        wrong = row.verdict not in (must, "too noisy") or (must == "different" and row.ratio < 1)
+        structure = str(row.details.get("structure", ""))
+        where = f"{row.model} {row.format} {row.settings.get('precision')} on {row.runtime}: {row.variant}"
+        if wrong:
+            said.append(f"{where} must be {must} and is {row.verdict} at {row.ratio:.3f}")
+        if structure.startswith("drop-in") != (must == "same"):
+            said.append(f"{where} must be {must}, its structure says {structure}")
+    return said
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print, write JSON. Exit status 1 if something came out otherwise than it must."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks latency", description=__doc__)
+    p.add_argument("--full", nargs="*", type=Network.parsed, default=FULL, metavar="NAME:PIXELS", help="in full")
+    p.add_argument("--others", nargs="*", type=Network.parsed, default=OTHERS, metavar="NAME:PIXELS", help="the others")
+    p.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="default: 1 8")
+    p.add_argument("--precision", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="default: all")
+    p.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    common_options(p, "latency")
+    args = p.parse_args(argv)
+    if min(args.batch) < 1 or not 1 <= args.threads <= (os.cpu_count() or 1):
+        p.error(f"--batch counts from 1, --threads from 1 to {os.cpu_count()}")
+    settings = Settings(
+        tuple(args.full), tuple(args.others), tuple(args.batch), tuple(args.precision), args.threads, python=args.python
+    )
+    if args.quick:
+        settings = Settings.smallest(args.python)
+    measure = functools.partial(rows, settings)
+    return finish("latency", argv, args, measure, problems=problems, quantities=("latency",))
