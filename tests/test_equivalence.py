@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorac_deploy.bench.equivalence import equivalence
+from lorac_deploy.bench.equivalence import at_looks, equivalence
 
 
 def rounds(ratio: float, spread: float, count: int, *, seed: int) -> list[float]:
@@ -43,3 +43,23 @@ def test_the_interval_is_that_of_a_t_test_on_logarithms():
 def test_too_few_or_impossible_ratios_are_refused(values: list[float]):
     with pytest.raises(ValueError, match="at least 3 positive ratios"):
         equivalence(values)
+
+
+def test_more_looks_make_each_of_them_stricter_by_bonferroni():
+    values = rounds(1.0, 0.01, 10, seed=1)
+    found = at_looks(values, 3)
+    low, high = stats.t.interval(1 - 0.1 / 3, 9, np.mean(np.log(values)), stats.sem(np.log(values)))
+    np.testing.assert_allclose([found.low, found.high], np.exp([low, high]), rtol=1e-12)
+
+
+def test_the_bootstrap_agrees_with_the_t_interval_on_many_observations():
+    found = equivalence(rounds(1.02, 0.05, 400, seed=2))
+    np.testing.assert_allclose(found.bootstrap, [found.low, found.high], atol=1e-3)
+    assert found.bootstrap == equivalence(rounds(1.02, 0.05, 400, seed=2)).bootstrap, "its seed is fixed"
+
+
+def test_a_difference_that_is_asked_for_three_times_is_still_called_the_same_in_one_run_of_twenty_at_most():
+    wrong = sum(
+        any(at_looks(rounds(1.01, 0.01, 16, seed=s)[:n], 3).verdict == "same" for n in (6, 10, 16)) for s in range(400)
+    )
+    assert wrong / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)

@@ -15,6 +15,7 @@ Anything that fails is answered with ``{"error": text}``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -66,7 +67,7 @@ class TfliteModel:
         if len(details) != len(feeds):
             raise ValueError(f"{path} has {len(details)} inputs, {len(feeds)} are given: {', '.join(feeds)}")
         for given, value in zip(details, feeds.values(), strict=True):
-            fed = _fitting(value, tuple(given["shape"]), path)
+            fed = _fitting(value, tuple(int(size) for size in given["shape"]), path)
             make.resize_tensor_input(given["index"], fed.shape)
             make.allocate_tensors()
             make.set_tensor(given["index"], np.ascontiguousarray(fed, given["dtype"]))
@@ -191,7 +192,8 @@ def reply(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
 def pin(cores: list[int] | None) -> None:
     """Stay on these cores, where the system lets a process choose."""
     if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
+        with contextlib.suppress(OSError):  # it is asked for its cores, so that nobody is told otherwise
+            os.sched_setaffinity(0, cores)
 
 
 def own_stdout() -> IO[str]:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._tables import standard_output
+from lorac_runtime.errors import EngineError
 
 if TYPE_CHECKING:
     from lorac_deploy.bench.latency import LatencyReport, Line
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measured(p: argparse.ArgumentParser, args: argparse.Namespace) -> LatencyReport:
+    _require_scipy()
     from lorac_deploy.bench.contest import Effort
     from lorac_deploy.bench.latency import Settings, latency
 
@@ -82,6 +84,13 @@ def _measured(p: argparse.ArgumentParser, args: argparse.Namespace) -> LatencyRe
     interpreters = args.python or [Path(sys.executable)]
     with Console(stderr=True).status("comparing the structure") as status:
         return latency(args.base, args.fused, interpreters, settings, say=status.update)
+
+
+def _require_scipy() -> None:
+    try:
+        import scipy  # noqa: F401
+    except ModuleNotFoundError as err:
+        raise EngineError("measuring needs scipy for its statistics: pip install 'lorac-deploy[bench]'") from err
 
 
 def _show(report: LatencyReport) -> None:
