@@ -1,0 +1,124 @@
+"""The suite's latency benchmark: every file on every runtime, the structure beside each figure, problems named.
+
+Times come from a stand-in for the worker (see bench_worker.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import interpreters as envs
+from benchmarks import latency
+from benchmarks import rows as rs
+from benchmarks.latency_files import Network, Subject
+from lorac_deploy.bench import contest
+from lorac_deploy.bench.contest import Effort
+
+SMALL = Network("resnet8", 16)
+EVERYWHERE = dict.fromkeys((*latency.RUNTIMES["onnx"], *latency.RUNTIMES["tflite"]), Path(sys.executable))
+SETTINGS = latency.Settings((SMALL,), (), (2,), ("float32", "fp16"), effort=Effort((3,), 1), python=EVERYWHERE)
+VARIANTS = {"base", "fused", "unmerged", "adapters as inputs", "adapter branch"}
+FAULTS = {"fault: extra node", "fault: unfolded branch"}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return Subject(SMALL, tmp_path_factory.mktemp("subject") / "resnet8")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[rs.Row]:
+    """All rows of a small network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contest, "WORKER", Path(__file__).with_name("bench_worker.py"))
+        patch.setenv("BENCH_LOG", str(tmp_path_factory.mktemp("log") / "log"))
+        return latency.rows(SETTINGS, lambda _: None)
+
+
+def named(found: list[rs.Row], **wanted: str) -> list[rs.Row]:
+    return [r for r in found if all({**dataclasses.asdict(r), **r.settings}[k] == v for k, v in wanted.items())]
+
+
+def test_every_variant_of_every_format_has_a_row_on_every_runtime(found: list[rs.Row]) -> None:
+    rs.check_unique(found)
+    for precision, more in (("float32", FAULTS), ("fp16", set())):
+        for kind, names in latency.RUNTIMES.items():
+            for runtime in names:
+                its = named(found, format=kind, runtime=runtime, precision=precision, quantity="latency")
+                assert {row.variant for row in its} == VARIANTS | (more if kind == "onnx" else set())
+
+
+def test_what_tflite_cannot_hold_is_said(found: list[rs.Row]) -> None:
+    for row in named(found, format="tflite", quantity="latency"):
+        assert (row.figure is None) == (row.variant in latency.NOT_IN_TFLITE)
+        assert (row.note == "") == (row.figure is not None)
+
+
+def test_load_and_first_run_have_rows_of_their_own(found: list[rs.Row]) -> None:
+    for quantity, figure in (("load", 0.5), ("first run", 0.25)):
+        its = named(found, quantity=quantity)
+        assert len(its) == len([r for r in named(found, quantity="latency") if r.figure is not None])
+        assert {row.figure for row in its} == {figure}
+
+
+def test_the_structure_stands_beside_every_latency(found: list[rs.Row]) -> None:
+    for row in [r for r in named(found, quantity="latency") if r.ratio is not None]:
+        text = row.details["structure"]
+        assert text.startswith("drop-in: " if row.variant == "fused" else "not a drop-in: "), (row.key, text)
+
+
+def test_the_stand_ins_equal_times_are_a_problem_for_every_control_and_no_fused_file(found: list[rs.Row]) -> None:
+    said = latency.problems(found)
+    assert len(said) == len([r for r in found if r.details.get("must") == "different"])
+    assert all("must be different and is same at 1.000" in text for text in said)
+
+
+def test_fused_files_that_differ_and_drop_ins_that_are_none_are_problems() -> None:
+    details = {"must": "same", "structure": "drop-in: 12 checks"}
+    row = rs.Row("latency", "m", "onnx", "r", "fused", "latency", 1.0, "s", 1.2, "base", "different", details=details)
+    assert latency.problems([row]) == ["m onnx None on r: fused must be same and is different at 1.200"]
+    noisy = dataclasses.replace(row, verdict="too noisy")
+    assert latency.problems([noisy]) == []
+    planted = dataclasses.replace(noisy, details={"must": "same", "structure": "not a drop-in: operators"})
+    assert "its structure says not a drop-in: operators" in latency.problems([planted])[0]
+    faster = dataclasses.replace(row, ratio=0.8, details={"must": "different", "structure": "not a drop-in: x"})
+    assert "must be different and is different at 0.800" in latency.problems([faster])[0]
+
+
+def test_a_runtime_that_is_not_installed_is_reported_for_every_variant(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(envs, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "environments").mkdir(parents=True)
+    case = latency.Case(subject, "tflite", "float32", 1, False)
+    its = latency.case_rows(case, dataclasses.replace(SETTINGS, python={}), lambda _: None)
+    assert {(r.runtime, r.variant, r.figure) for r in its} == {
+        (runtime, variant, None) for runtime in latency.RUNTIMES["tflite"] for variant in ("base", "fused")
+    }
+    assert all("not installed" in r.note and "python -m benchmarks setup" in r.note for r in its)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_onnx_files_of_other_precisions_answer_about_alike_and_are_smaller(subject: Subject, precision: str) -> None:
+    import onnxruntime
+
+    plain = subject.files("onnx", "float32", full=True)
+    other = subject.files("onnx", precision, full=True)  # type: ignore[arg-type]
+    images = {"input": subject._normalised()}
+    for name in VARIANTS - {"adapters as inputs"}:
+        answers = [onnxruntime.InferenceSession(p[name]).run(None, images)[0] for p in (plain, other)]
+        spread = np.abs(answers[0]).max()
+        assert np.abs(answers[1] - answers[0]).max() < (0.02 if precision == "fp16" else 0.3) * spread, name
+        assert other[name].stat().st_size < plain[name].stat().st_size
+    assert subject.structure("onnx", precision, other, "fused").ok  # type: ignore[arg-type]
+
+
+def test_a_networks_size_is_part_of_its_name() -> None:
+    for text in ("resnet18", "resnet18:", "resnet18:4", "resnet18:x"):
+        with pytest.raises(ValueError, match="expected NAME:PIXELS"):
+            Network.parsed(text)
