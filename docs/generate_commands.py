@@ -11,7 +11,8 @@ INTRODUCTION = """\
 # Commands
 
 Written by `make docs` from the commands' own parsers. Exit status: 0 done, 1 failed (one message on stderr),
-2 wrong command line. `verify` exits with 1 if the file is not a drop-in, `certify` if two formats answer differently.
+2 wrong command line. `verify` exits with 1 if the file is not a drop-in, `certify` if two formats answer differently,
+`bench` if a fused file is not as fast as its base, and with 3 if the machine is too noisy to tell.
 """
 
 
