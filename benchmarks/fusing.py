@@ -83,9 +83,14 @@ def make_artifact(folder: Path, model: str, weights: Weights) -> None:
         config=ArtifactConfig(lora=LoraConfig(), tflite=weights),
         calibration=rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8) if weights == "int8" else None,
     )
-    start = load_adapter(folder / ADAPTER).tensors
+    write_state(folder, folder.parent)
+
+
+def write_state(artifact: Path, folder: Path) -> None:
+    """A state of random numbers for an artifact, as `measure` and `extra_memory` find it in ``folder``."""
+    rng, start = np.random.default_rng(0), load_adapter(artifact / ADAPTER).tensors
     state = {name: rng.standard_normal(value.shape).astype(np.float32) for name, value in start.items()}
-    save_file(state, folder.parent / STATE)
+    save_file(state, folder / STATE)
 
 
 def main(argv: list[str]) -> int:

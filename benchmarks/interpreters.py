@@ -1,69 +1,131 @@
 """Python environments that competitors run in, each with packages that cannot share one.
 
-``project`` is the environment that runs the benchmarks (.venv). The others lie under .envs/ and are made by
-``python -m benchmarks setup``, from the newest releases at that time; every result names the versions.
+``project`` is the environment that runs the benchmarks (.venv). The others lie under .envs/bench/ and are made by
+``python -m benchmarks setup`` from the pins in benchmarks/environments/; beside each, setup.json says how that went.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import hashlib
+import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "project"
-RUNTIME = "bench-ort"
-ONNXSIM = "bench-onnxsim"
-LITERT_TORCH, ONNX2TF = "bench-litert-torch", "bench-onnx2tf"
-TFLITE_RUNTIME, LITERT = "tflite-runtime", "litert"  # made by `make tflite-env`
-PACKAGES: dict[str, tuple[str, ...]] = {
-    RUNTIME: ("onnxruntime", "numpy>=2", "-e", "./runtime"),  # editable: what is measured is this checkout
-    ONNXSIM: ("onnxsim==0.8.1", "onnxruntime", "numpy>=2", "safetensors"),
-    LITERT_TORCH: ("torch==2.13.0", "litert-torch==0.10.0"),  # torch named, or pip takes a build for CUDA
-    ONNX2TF: ("onnx2tf==1.29.24", "tensorflow-cpu==2.19.1", "tf_keras==2.19.0", "onnx==1.19.1", "onnxruntime"),
-}
-NAMES = (PROJECT, *PACKAGES, TFLITE_RUNTIME, LITERT)
+RUNTIME, TRAINING = "onnxruntime", "onnxruntime-training"  # both with this project's runtime
+TFLITE_RUNTIME, LITERT = "tflite-runtime", "ai-edge-litert"
+PYTORCH, EXECUTORCH = "pytorch", "executorch"
+LITERT_TORCH, ONNX2TF, ONNXSIM = "litert-torch", "onnx2tf", "onnxsim"
+MADE = (RUNTIME, TRAINING, TFLITE_RUNTIME, LITERT, PYTORCH, EXECUTORCH, LITERT_TORCH, ONNX2TF, ONNXSIM)
+NAMES = (PROJECT, *MADE)
+DESCRIBE = Path("lorac_deploy") / "bench" / "environment.py"  # standard library alone; prints JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Installed:
+    """What `benchmarks.setup` recorded of an environment."""
+
+    ok: bool
+    error: str  # the last telling lines of what failed, empty where all went well
+    requirements: str  # sha256 of the file it was made from
+    seconds: float
+    wheels: Mapping[str, int]  # bytes by "name==version"
+
+
+def requirements(name: str) -> Path:
+    """The file with an environment's pins."""
+    return ROOT / "benchmarks" / "environments" / f"{name}.txt"
+
+
+def digest(name: str) -> str:
+    """The sha256 of an environment's pins."""
+    return hashlib.sha256(requirements(name).read_bytes()).hexdigest()
+
+
+def folder(name: str) -> Path:
+    """Where an environment lies or will lie."""
+    return ROOT / ".envs" / "bench" / name
+
+
+def interpreter(name: str) -> Path:
+    """Where an environment's Python lies or will lie."""
+    return folder(name) / "bin" / "python"
+
+
+def record(name: str) -> Path:
+    """The file that says how an environment's installation went."""
+    return folder(name) / "setup.json"
+
+
+def installed(name: str) -> Installed | None:
+    """What setup recorded; None where it never ran, or left nothing that can be read."""
+    try:
+        return Installed(**json.loads(record(name).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def lacking(name: str) -> str:
+    """Why an environment of `MADE` cannot be used, as a note in a results table; empty if it can."""
+    found = installed(name)
+    if found is not None and not found.ok:
+        return f"not installed: {found.error}"
+    if found is None or not interpreter(name).exists():
+        return f"not installed: there is no environment {name} in {folder(name)}"
+    if found.requirements != digest(name):
+        return f"outdated: benchmarks/environments/{name}.txt has changed since {folder(name)} was made"
+    return ""
+
+
+def wheel_bytes() -> dict[str, int]:
+    """Sizes of all wheels that environments were made from, by "name==version"."""
+    found = [installed(name) for name in MADE]
+    return {wheel: size for one in found if one is not None for wheel, size in one.wheels.items()}
 
 
 def python(name: str, given: Mapping[str, Path]) -> Path:
-    """The interpreter of an environment: a ``given`` one, or the one that `create` made.
+    """The interpreter of an environment: a ``given`` one, or the one that setup made.
 
-    Raises FileNotFoundError with the command that makes it.
+    Raises FileNotFoundError with the reason and the command that makes it.
     """
     if name in given:
+        if not given[name].exists():
+            raise FileNotFoundError(f"--python {name}={given[name]}: there is no such file")
         return given[name]
     if name == PROJECT:
         return Path(sys.executable)
-    path = _folder(name) / "bin" / "python"
-    if not path.exists():
+    if reason := lacking(name):
         raise FileNotFoundError(
-            f"there is no environment {name} in {path.parent.parent}: run `{_maker(name)}`, "
-            f"or name its interpreter with --python {name}=PATH"
+            f"{reason}; run `python -m benchmarks setup {name}`, or name its interpreter with --python {name}=PATH"
         )
-    return path
+    return interpreter(name)
 
 
-def _maker(name: str) -> str:
-    return "python -m benchmarks setup" if name in PACKAGES else "make tflite-env"
+def described(names: Iterable[str], given: Mapping[str, Path] | None = None) -> dict[str, dict[str, Any]]:
+    """What each environment runs on, as its own interpreter says; ``{"error": reason}`` for one that cannot."""
+    return {name: _described(name, given or {}) for name in names}
 
 
-def create(name: str) -> Path:
-    """Make an environment of `PACKAGES` anew, or mend it, with the Python that runs this; returns its interpreter."""
-    subprocess.run([sys.executable, "-m", "venv", str(_folder(name))], check=True)
-    interpreter = _folder(name) / "bin" / "python"
-    install = [str(interpreter), "-m", "pip", "install", "--quiet", "--upgrade", "--disable-pip-version-check"]
-    subprocess.run([*install, "setuptools>=77"], check=True)
-    subprocess.run([*install, "--no-build-isolation", *PACKAGES[name]], check=True, cwd=ROOT)
-    return interpreter
+def _described(name: str, given: Mapping[str, Path]) -> dict[str, Any]:
+    try:
+        command = [str(python(name, given)), "-I", str(ROOT / DESCRIBE)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as err:
+        return {"error": str(err)}
+    found: dict[str, Any] = json.loads(said)
+    return found
 
 
 def parsed_interpreters(texts: list[str]) -> dict[str, Path]:
     """NAME=PATH of --python options.
 
-    >>> parsed_interpreters(["bench-ort=/opt/ort/bin/python"])
-    {'bench-ort': PosixPath('/opt/ort/bin/python')}
+    >>> parsed_interpreters(["onnxruntime=/opt/ort/bin/python"])
+    {'onnxruntime': PosixPath('/opt/ort/bin/python')}
 
     Raises ValueError for an unknown name or a text without one.
     """
@@ -72,17 +134,3 @@ def parsed_interpreters(texts: list[str]) -> dict[str, Path]:
     if wrong:
         raise ValueError(f"--python wants NAME=PATH with a name of {', '.join(NAMES)}; got {', '.join(wrong)}")
     return {name: Path(path) for name, _, path in pairs}
-
-
-def _folder(name: str) -> Path:
-    return ROOT / ".envs" / name
-
-
-def main(argv: list[str]) -> int:
-    """Make the environments."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks setup", description=__doc__)
-    p.add_argument("--only", choices=tuple(PACKAGES), action="append", help="just this one (may be repeated)")
-    for name in p.parse_args(argv).only or PACKAGES:
-        print(f"{name}: {', '.join(PACKAGES[name])}", flush=True)
-        print(f"  {create(name)}")
-    return 0

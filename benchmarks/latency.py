@@ -1,8 +1,9 @@
 """Is a fused file as fast as its base? Proved by structure, then measured on every runtime, with controls beside it.
 
-ResNet-18 and MobileNetV2 in full (two batch sizes, ONNX and TFLite, three precisions, all controls, planted faults);
-other networks as base and fused in float32. `lorac_deploy.bench.contest` says how it is measured. Images are as large
-as the networks' names say. Not counted: loading and first runs, which have rows of their own.
+ResNet-18 and MobileNetV2 in full (two batch sizes, ONNX and TFLite, three precisions, all controls, planted faults, and
+the files of other converters, which are the same within 3 %); other networks as base and fused in float32.
+`lorac_deploy.bench.contest` says how it is measured. Images are as large as the networks' names say. Not counted:
+loading and first runs, which have rows of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 
 from benchmarks import interpreters as envs
 from benchmarks.command import common_options, finish
-from benchmarks.latency_files import EXTRA_NODE, UNFOLDED, Network, Subject
+from benchmarks.latency_files import EXTRA_NODE, OTHERS, UNFOLDED, Subject
+from benchmarks.networks import network, parsed
 from benchmarks.rows import Row
 from lorac_deploy.bench.contest import QUICK, Contest, Effort, Entry, Outcome, hold
 from lorac_deploy.bench.pairs import BASE, BRANCH, FUSED, INPUTS, UNMERGED
@@ -30,15 +32,10 @@ from lorac_exporters.tflite_config import WEIGHTS, Weights
 
 Say = Callable[[str], None]
 RUNTIMES = {"onnx": (envs.RUNTIME, envs.TRAINING), "tflite": (envs.TFLITE_RUNTIME, envs.LITERT)}
-FULL = (Network("resnet18", 128), Network("mobilenet_v2", 128))
-OTHERS = tuple(
-    Network(name, size)
-    for name, size in (
-        *(("resnet34", 128), ("resnet50", 128), ("resnet101", 128)),
-        *(("mobilenet_v3_large", 128), ("resnet8", 32)),
-    )
-)
+FULL = ("resnet18:128", "mobilenet_v2:128")
+MORE = ("resnet34:128", "resnet50:128", "resnet101:128", "mobilenet_v3_large:128", "resnet8:32")
 MUST = {FUSED: "same", INPUTS: "different", BRANCH: "different", EXTRA_NODE: "different", UNFOLDED: "different"}
+OTHERS_MARGIN = 0.03  # a file of another converter is the same within 3 %: it may order its work otherwise
 NOT_IN_TFLITE = {
     UNMERGED: "a .tflite file stores one weight a layer: adapters are merged when it is written",
     INPUTS: "a .tflite file stores one weight a layer: adapters cannot be inputs of it",
@@ -49,11 +46,12 @@ NOT_IN_TFLITE = {
 class Settings:
     """What is measured. ``full`` networks have all variants, ``others`` base and fused in float32 at batch 1."""
 
-    full: tuple[Network, ...] = FULL
-    others: tuple[Network, ...] = OTHERS
+    full: tuple[str, ...] = FULL
+    others: tuple[str, ...] = MORE
     batches: tuple[int, ...] = (1, 8)
     precisions: tuple[Weights, ...] = WEIGHTS
     threads: int = 1
+    converters: tuple[str, ...] = (envs.LITERT_TORCH, envs.ONNXSIM)
     effort: Effort = dataclasses.field(default_factory=Effort)
     quick: bool = False
     python: Mapping[str, Path] = dataclasses.field(default_factory=dict)
@@ -61,8 +59,7 @@ class Settings:
     @classmethod
     def smallest(cls, python: Mapping[str, Path]) -> Settings:
         """What --quick measures: one small network in float32."""
-        small = (Network("resnet8", 32),)
-        return cls(small, (), (1,), ("float32",), effort=QUICK, quick=True, python=python)
+        return cls(("resnet8:32",), (), (1,), ("float32",), converters=(), effort=QUICK, quick=True, python=python)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +80,10 @@ def rows(settings: Settings, say: Say) -> list[Row]:
     """Every case on every runtime."""
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for network in (*settings.full, *settings.others):
-            say(f"making the files of {network.name}")
-            subject = Subject(network, Path(scratch) / f"{network.name}-{network.size}")
-            for case in cases(subject, settings, full=network in settings.full):
+        for text in (*settings.full, *settings.others):
+            say(f"making the files of {text}")
+            subject = Subject(network(text), Path(scratch) / text.replace(":", "-"))
+            for case in cases(subject, settings, full=text in settings.full):
                 found += case_rows(case, settings, say)
     return found
 
@@ -105,7 +102,12 @@ def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
     files = case.subject.files(case.format, case.precision, full=case.full)
     reports = {v: case.subject.structure(case.format, case.precision, files, v) for v in files if v != BASE}
     structures = {BASE: "", **{variant: in_words(report) for variant, report in reports.items()}}
-    entries = tuple(Entry(variant, path, _feeds(case, variant)) for variant, path in files.items())
+    others, absent = _others(case, settings, say)
+    entries = (
+        *(Entry(variant, path, _feeds(case, variant)) for variant, path in files.items()),
+        *(Entry(name, path, _feeds(case, name), OTHERS_MARGIN) for name, path in others.items()),
+    )
+    absent |= _impossible(case)
     found: list[Row] = []
     for runtime in RUNTIMES[case.format]:
         try:
@@ -113,11 +115,25 @@ def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
             contest = Contest(case.format, interpreter, entries, settings.threads)
             outcome = hold(contest, settings.effort, functools.partial(_tell, say, f"{case}, {runtime}"))
         except (FileNotFoundError, WorkerError) as err:
-            found += [_absent(case, settings, runtime, variant, str(err)) for variant in files]
+            found += [_absent(case, settings, runtime, entry.name, str(err)) for entry in entries]
         else:
             found += list(outcome_rows(case, settings, runtime, outcome, structures))
-        found += [_absent(case, settings, runtime, v, why) for v, why in _impossible(case).items()]
+        found += [_absent(case, settings, runtime, v, why) for v, why in absent.items()]
     return found
+
+
+def _others(case: Case, settings: Settings, say: Say) -> tuple[dict[str, Path], dict[str, str]]:
+    """Files of other converters, and why there are none; they have one image, so the case must have one too."""
+    found: dict[str, Path] = {}
+    absent: dict[str, str] = {}
+    wanted = [c for c in settings.converters if OTHERS[c] == case.format]
+    for name in wanted if case.full and case.precision == "float32" and case.batch == 1 else ():
+        say(f"{case}: {name} converts")
+        try:
+            found[name] = case.subject.other(name, envs.python(name, settings.python))
+        except (FileNotFoundError, RuntimeError) as err:
+            absent[name] = str(err)
+    return found, absent
 
 
 def _tell(say: Say, what: str, text: str) -> None:
@@ -171,7 +187,7 @@ def outcome_rows(
             "minimum": timing.minimum,
             "ninetieth": timing.ninetieth,
             "runs": timing.runs,
-            "structure": structures[variant],
+            "structure": structures.get(variant, ""),
             "must": MUST.get(variant, ""),
             "load average": outcome.load,
             "stolen": outcome.stolen,
@@ -210,17 +226,35 @@ def problems(found: Iterable[Row]) -> list[str]:
 def main(argv: list[str]) -> int:
     """Measure, print, write JSON. Exit status 1 if something came out otherwise than it must."""
     p = argparse.ArgumentParser(prog="python -m benchmarks latency", description=__doc__)
-    p.add_argument("--full", nargs="*", type=Network.parsed, default=FULL, metavar="NAME:PIXELS", help="in full")
-    p.add_argument("--others", nargs="*", type=Network.parsed, default=OTHERS, metavar="NAME:PIXELS", help="the others")
+    p.add_argument("--full", nargs="*", default=FULL, metavar="NAME:PIXELS", help="in full")
+    p.add_argument("--others", nargs="*", default=MORE, metavar="NAME:PIXELS", help="the others")
     p.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="default: 1 8")
     p.add_argument("--precision", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="default: all")
+    p.add_argument(
+        "--converters",
+        nargs="*",
+        choices=tuple(OTHERS),
+        default=Settings.converters,
+        help="default: all but onnx2tf, which takes minutes",
+    )
     p.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     common_options(p, "latency")
     args = p.parse_args(argv)
     if min(args.batch) < 1 or not 1 <= args.threads <= (os.cpu_count() or 1):
         p.error(f"--batch counts from 1, --threads from 1 to {os.cpu_count()}")
+    try:
+        for text in (*args.full, *args.others):
+            parsed(text)
+    except ValueError as err:
+        p.error(str(err))
     settings = Settings(
-        tuple(args.full), tuple(args.others), tuple(args.batch), tuple(args.precision), args.threads, python=args.python
+        tuple(args.full),
+        tuple(args.others),
+        tuple(args.batch),
+        tuple(args.precision),
+        args.threads,
+        tuple(args.converters),
+        python=args.python,
     )
     if args.quick:
         settings = Settings.smallest(args.python)

@@ -7,7 +7,6 @@ and fused.onnx by onnxruntime's own converters, as somebody would who ships such
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from torch import nn
 
-from benchmarks.resnet8 import ResNet8
-from benchmarks.step_cases import calibrate
+from benchmarks.converting import converted, saved_onnx, saved_program
+from benchmarks.interpreters import LITERT_TORCH, ONNX2TF, ONNXSIM
+from benchmarks.networks import CLASS_NAMES, Network
 from lorac_deploy.bench import controls
 from lorac_deploy.bench.pairs import BASE, BRANCH, FUSED, INPUTS, UNMERGED
-from lorac_deploy.models import ModelSpec, build
 from lorac_exporters import tflite
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.checks import DropinReport
@@ -39,42 +37,11 @@ from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, save_adapter
 from lorac_runtime.patch import fuse
 
-CLASSES, RANK = 10, 4
-NAMES = tuple(str(i) for i in range(CLASSES))
+RANK = 4
 EXTRA_NODE, UNFOLDED = "fault: extra node", "fault: unfolded branch"
+OTHERS = {LITERT_TORCH: "tflite", ONNX2TF: "tflite", ONNXSIM: "onnx"}  # converters, and what they write
 IMAGES = 16  # for calibration
 Files = dict[str, Path]  # by variant
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network by name, and the height and width of its images.
-
-    >>> Network.parsed("resnet18:128")
-    Network(name='resnet18', size=128)
-    """
-
-    name: str
-    size: int
-
-    @classmethod
-    def parsed(cls, text: str) -> Network:
-        """From NAME:PIXELS. Raises ValueError for another text."""
-        name, _, size = text.partition(":")
-        if not size.isdecimal() or int(size) < 8:
-            raise ValueError(f"{text}: expected NAME:PIXELS such as resnet18:128, with 8 pixels or more")
-        return cls(name, int(size))
-
-    @property
-    def spec(self) -> mf.InputSpec:
-        """Inputs arrive normalised."""
-        return mf.InputSpec("input", (3, self.size, self.size), 1 / 255, (0.5,) * 3, (0.25,) * 3)
-
-    def module(self) -> nn.Module:
-        """Random weights, batch normalisations at the statistics of random images."""
-        module = ResNet8(CLASSES) if self.name == "resnet8" else build(ModelSpec(self.name, CLASSES))
-        calibrate(module, self.spec.shape)
-        return module
 
 
 class Subject:
@@ -83,7 +50,7 @@ class Subject:
     def __init__(self, network: Network, folder: Path) -> None:
         self.network, self.folder = network, folder
         folder.mkdir(parents=True)
-        self._graph = export_graph(network.module(), network.spec.shape)
+        self._graph = export_graph(network.module, network.shape)
         self.images = np.random.default_rng(0).integers(0, 256, (IMAGES, network.size, network.size, 3), dtype=np.uint8)
         self.fed: dict[str, npt.NDArray[np.float32]] = {}  # of `INPUTS` beside the images
 
@@ -91,6 +58,17 @@ class Subject:
         """Files of a format and precision by variant; ``full`` with controls."""
         make: Callable[[Weights, bool], Files] = self._onnx if kind == "onnx" else self._tflite
         return make(precision, full)
+
+    def other(self, converter: str, interpreter: Path) -> Path:
+        """The base as another converter writes it, in float32 for one image. Raises RuntimeError if it fails."""
+        kind = OTHERS[converter]
+        target = self.folder / f"{converter}.{kind}"
+        if target.exists():
+            return target
+        write = {LITERT_TORCH: saved_program, ONNX2TF: saved_onnx}.get(converter)
+        source = self._artifact("float32") / mf.BASE if write is None else write(self.network, self.folder)
+        converted(interpreter, "benchmarks.tflite_convert", converter, source, target)
+        return target
 
     def structure(self, kind: str, precision: Weights, files: Files, variant: str) -> DropinReport:
         """How a variant compares with the base, by `verify` where both are the product's own."""
@@ -109,7 +87,7 @@ class Subject:
             out,
             name=self.network.name,
             spec=self.network.spec,
-            class_names=NAMES,
+            class_names=CLASS_NAMES,
             config=config,
             calibration=self.images if weights == "int8" else None,
         )
@@ -177,7 +155,7 @@ class Subject:
             path,
             TfliteConfig(precision),
             spec=self.network.spec,
-            class_names=NAMES,
+            class_names=CLASS_NAMES,
             name=self.network.name,
             calibration=images,
         )

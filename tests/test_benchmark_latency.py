@@ -15,11 +15,12 @@ import pytest
 from benchmarks import interpreters as envs
 from benchmarks import latency
 from benchmarks import rows as rs
-from benchmarks.latency_files import Network, Subject
+from benchmarks.latency_files import Subject
+from benchmarks.networks import network, parsed
 from lorac_deploy.bench import contest
 from lorac_deploy.bench.contest import Effort
 
-SMALL = Network("resnet8", 16)
+SMALL = "resnet8:16"
 EVERYWHERE = dict.fromkeys((*latency.RUNTIMES["onnx"], *latency.RUNTIMES["tflite"]), Path(sys.executable))
 SETTINGS = latency.Settings((SMALL,), (), (2,), ("float32", "fp16"), effort=Effort((3,), 1), python=EVERYWHERE)
 VARIANTS = {"base", "fused", "unmerged", "adapters as inputs", "adapter branch"}
@@ -28,7 +29,7 @@ FAULTS = {"fault: extra node", "fault: unfolded branch"}
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return Subject(SMALL, tmp_path_factory.mktemp("subject") / "resnet8")
+    return Subject(network(SMALL), tmp_path_factory.mktemp("subject") / "resnet8")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,10 @@ def test_onnx_files_of_other_precisions_answer_about_alike_and_are_smaller(subje
     assert subject.structure("onnx", precision, other, "fused").ok  # type: ignore[arg-type]
 
 
-def test_a_networks_size_is_part_of_its_name() -> None:
-    for text in ("resnet18", "resnet18:", "resnet18:4", "resnet18:x"):
-        with pytest.raises(ValueError, match="expected NAME:PIXELS"):
-            Network.parsed(text)
+@pytest.mark.parametrize("text", ["resnet18", "resnet18:", "resnet18:4", "resnet18:x", "vgg:32", "mlp:32"])
+def test_what_names_no_network_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"expected NAME:PIXELS|no model \w+: choose from resnet8, resnet18,"):
+        parsed(text)
+    with pytest.raises(SystemExit):
+        latency.main(["--full", text])
+    assert text in capsys.readouterr().err
