@@ -8,16 +8,20 @@ import sys
 BENCHMARKS = {
     "advising": "does lorac-deploy advise find the best block without being told the drift",
     "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
+    "export": "time, memory and size of making the files that a device is given, beside other converters",
+    "footprint": "installed and wheel megabytes, import seconds and memory of a device, beside other frameworks",
+    "finetune": "time of fine-tuning steps, of epochs and to a target accuracy, beside what else one would use",
     "forms": "which form of an adapter costs less, layer by layer; the cost model that chooses it",
     "fusing": "time and memory of fusing a ResNet-18 into its ONNX or TFLite file",
-    "memory": "peak memory of fine-tuning, beside PyTorch and onnxruntime-training",
+    "all": "the whole suite, and its report",
+    "latency": "is a fused file as fast as its base, on every runtime; with controls and planted faults",
+    "memory": "peak memory of fine-tuning, saved activations, sizes of files, beside what else one would use",
     "page": "fill in the tables and plots of docs/results.md from finished benchmarks",
+    "report": "one page, index.html, of a results file: what came out, plots, tables, beside an earlier run",
     "skip": "Skip2-LoRA: fine-tuning with skip adapters and a cache beside LoRA on all layers, accuracy and time",
     "setup": "make the Python environments that other benchmarks need",
     "startup": "seconds from starting the process to the end of the first step, beside PyTorch",
     "studies": "the papers' comparisons of methods on real data, each a grid for lorac-deploy study",
-    "step": "time of a fine-tuning step, beside PyTorch, onnxruntime-training and onnxsim",
-    "tflite": "latency of .tflite files: fused beside base beside other converters, on both runtimes",
 }
 
 

@@ -1,112 +1,175 @@
-"""What is measured beside what: variants of the artifact, and competitors that make a step of one of them."""
+"""What is measured beside what: variants of the artifact, and competitors that train one of them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.interpreters import ONNXSIM, PROJECT, RUNTIME
+from benchmarks.interpreters import ONNXSIM, PYTORCH, RUNTIME, TRAINING
 from lorac_exporters.artifact import ArtifactConfig
+from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 
 RANK = 4
+RANKS = (1, 4, 16, 64)  # of the sweep
 RUNTIME_WORKER = "benchmarks.step_worker_runtime"
 FORWARD_WORKER = "benchmarks.step_worker_forward"
 TORCH_WORKER = "benchmarks.step_worker_torch"
 ONNXSIM_WORKER = "benchmarks.step_worker_onnxsim"
-SIMPLIFIED = "simplified"  # the variant `r` as onnxsim.simplify gives it back
+SIMPLIFIED = "simplified"  # the variant `lora-c` as onnxsim.simplify gives it back
 
-REFERENCE = "ours-r"
-FLOOR = "forward-twice"
-LAST_BLOCKS = {"mobilenet_v2": ("features.17", "features.18")}  # elsewhere a ResNet's last stage
+REFERENCE = "ours, lora-c"
+FLOOR = "two forward passes"
+TRAINED = ("lora-c", "full", "head", "block", "skip")  # variants that every engine and library is asked for
+FROZEN_FRONT = ("block", "skip")  # those of them that ours can cache
+NO_CACHE = "no cache: the frozen part runs in every step"
 
 
-def variants(model: str) -> dict[str, ArtifactConfig]:
-    """Artifacts by name, for both engines. All adapt every convolution with r = 4 but for ``full`` and ``last``."""
+def _variants() -> dict[str, ArtifactConfig]:
     lora = LoraConfig(rank=RANK, rank_mode="r")
-    last = LAST_BLOCKS.get(model, ("layer3" if model in ("resnet20", "resnet32") else "layer4",))
-    loras = {
-        "r": lora,
-        "rk": dataclasses.replace(lora, rank_mode="rk"),
-        "freeze-a": dataclasses.replace(lora, freeze_a=True),
-        "paper": dataclasses.replace(lora, layout="paper"),
-        "last": dataclasses.replace(lora, freeze_a=True, blocks=(*last, "head")),
+    both = {
+        "lora-c": ("lora-c", lora),
+        "rk": ("lora-c", dataclasses.replace(lora, rank_mode="rk")),
+        "freeze-a": ("lora-c", dataclasses.replace(lora, freeze_a=True)),
+        "full": ("full", LoraConfig()),
+        "head": ("head", LoraConfig()),
+        "block": ("blocks", LoraConfig(blocks=("rear",))),
     }
-    configs = {name: ArtifactConfig(lora=config, engine="both") for name, config in loras.items()}
-    configs |= {form: ArtifactConfig(lora=lora, engine="onnxruntime", form=form) for form in ("weight", "branch")}
-    return configs | {"full": ArtifactConfig(method="full", engine="both")}
+    made = {name: _config(*what, engine="both") for name, what in both.items()}
+    made["skip"] = _config("skip", LoraConfig(rank=RANK))
+    made |= {form: dataclasses.replace(_config("lora-c", lora), form=form) for form in ("weight", "branch")}
+    every = dataclasses.replace(lora, small_layers="adapter")  # or high ranks would leave small layers frozen
+    return made | {rank_variant(r): _config("lora-c", dataclasses.replace(every, rank=r)) for r in RANKS}
+
+
+def _config(method: str, lora: LoraConfig, engine: Any = "onnxruntime") -> ArtifactConfig:
+    training = METHODS[method].training()
+    return ArtifactConfig(lora=lora, method=method, bn_policy="frozen", engine=engine, tflite="none", training=training)
+
+
+def rank_variant(rank: int) -> str:
+    """The variant of the sweep over ranks.
+
+    >>> rank_variant(16)
+    'rank 16'
+    """
+    return f"rank {rank}"
+
+
+VARIANTS = _variants()
 
 
 @dataclasses.dataclass(frozen=True)
 class Competitor:
-    """A worker module, the environment it runs in, the variant that it steps, and its options."""
+    """A worker module, the environment it runs in, the variant that it trains, its options, and what to know of it."""
 
-    what: str
+    label: str
     variant: str
     environment: str
     worker: str
     options: dict[str, Any]
+    note: str = ""
+
+    @property
+    def format(self) -> str:
+        """Of the files that it works on."""
+        return "torch" if self.worker == TORCH_WORKER else "onnx"
 
 
-def _ours(what: str, variant: str, environment: str = RUNTIME, **options: Any) -> Competitor:
-    return Competitor(what, variant, environment, RUNTIME_WORKER, {"engine": "onnxruntime", **options})
+def ours(label: str, variant: str, environment: str = RUNTIME, *, note: str = "", **options: Any) -> Competitor:
+    """This project's runtime with its engine ``onnxruntime``."""
+    return Competitor(label, variant, environment, RUNTIME_WORKER, {"engine": "onnxruntime", **options}, note)
 
 
-def _native(what: str, variant: str) -> Competitor:
-    return Competitor(what, variant, PROJECT, RUNTIME_WORKER, {"engine": "onnxruntime-training"})
+def _native(variant: str) -> Competitor:
+    note = NO_CACHE if variant in FROZEN_FRONT else ""
+    options = {"engine": "onnxruntime-training"}
+    return Competitor(f"onnxruntime-training, {variant}", variant, TRAINING, RUNTIME_WORKER, options, note)
 
 
-def _torch(what: str, variant: str, form: str = "weight") -> Competitor:
-    return Competitor(what, variant, PROJECT, TORCH_WORKER, {"form": form})
+def _torch(variant: str, *, form: str = "weight", compiled: bool = False) -> Competitor:
+    note = NO_CACHE if variant in FROZEN_FRONT else ""
+    label = f"PyTorch{' compiled' if compiled else ''}, {variant}{' as branches' if form == 'branch' else ''}"
+    return Competitor(label, variant, PYTORCH, TORCH_WORKER, {"form": form, "compile": compiled}, note)
 
 
-def _onnxsim(what: str, variant: str, session: str) -> Competitor:
-    return Competitor(what, variant, ONNXSIM, ONNXSIM_WORKER, {"session": session})
+def _onnxsim(label: str, session: str) -> Competitor:
+    return Competitor(
+        label, "branch", ONNXSIM, ONNXSIM_WORKER, {"session": session}, "its Adam neither clips nor decays"
+    )
 
 
-def _forward(what: str, variant: str, passes: int) -> Competitor:
-    return Competitor(what, variant, RUNTIME, FORWARD_WORKER, {"passes": passes})
+def forward(label: str, variant: str, passes: int = 2) -> Competitor:
+    """Forward passes of base.onnx in this project's session settings."""
+    return Competitor(label, variant, RUNTIME, FORWARD_WORKER, {"passes": passes})
 
 
-COMPETITORS: dict[str, Competitor] = {
-    "ours-r": _ours("ours, inner rank r", "r"),
-    "ours-rk": _ours("ours, inner rank r*k", "rk"),
-    "ours-freeze-a": _ours("ours, lora_a frozen", "freeze-a"),
-    "ours-paper": _ours("ours, layout paper", "paper"),
-    "ours-weight": _ours("ours, all adapters in weight space", "weight"),
-    "ours-branch": _ours("ours, all adapters as branches", "branch"),
-    "ours-full": _ours("ours, full fine-tuning", "full"),
-    "ours-last": _ours("ours, lora_a frozen, last block only", "last"),
-    "ours-micro8": _ours("ours, in micro-batches of 8", "r", micro_batch=8),
-    "ours-1.19": _ours("ours, on the onnxruntime of the training build", "r", PROJECT),
-    "forward-twice": _forward("two forward passes of base.onnx", "r", 2),
-    "torch-weight": _torch("PyTorch, LoRA-C in weight space", "r"),
-    "torch-branch": _torch("PyTorch, LoRA-C as thin branches", "r", "branch"),
-    "torch-rk": _torch("PyTorch, LoRA-C in weight space, inner rank r*k", "rk"),
-    "torch-full": _torch("PyTorch, full fine-tuning", "full"),
-    "torch-last": _torch("PyTorch, lora_a frozen, last block only", "last"),
-    "native-r": _native("onnxruntime-training 1.19.2", "r"),
-    "native-full": _native("onnxruntime-training 1.19.2, full fine-tuning", "full"),
-    "native-last": _native("onnxruntime-training 1.19.2, lora_a frozen, last block only", "last"),
-    "onnxsim-weight": _onnxsim("onnxsim's training loop, weight space", "weight", "own"),
-    "onnxsim-branch": _onnxsim("onnxsim's training loop, branches", "branch", "own"),
-    "onnxsim-optimized": _onnxsim("onnxsim's step graph, branches, optimized session", "branch", "optimized"),
-    "ours-simplified": _ours("ours, its graph simplified by onnxsim", SIMPLIFIED),
-    "forward-twice-simplified": _forward("two forward passes, simplified by onnxsim", SIMPLIFIED, 2),
-}
-STEP = (
-    "ours-r,forward-twice,ours-rk,ours-freeze-a,ours-paper,ours-weight,ours-branch,ours-full,ours-1.19,torch-weight,"
-    "torch-branch,torch-rk,torch-full,native-r,native-full,onnxsim-weight,onnxsim-branch,onnxsim-optimized,"
-    "ours-simplified,forward-twice-simplified"
+def _all() -> Iterable[Competitor]:
+    yield forward(FLOOR, "lora-c")
+    for variant in TRAINED:
+        yield ours(f"ours, {variant}", variant, note=NO_CACHE if variant in FROZEN_FRONT else "")
+        if variant in FROZEN_FRONT:
+            yield ours(f"ours, {variant} + cache", variant, cache=True)
+        yield _native(variant)
+        yield _torch(variant)
+        yield _torch(variant, compiled=True)
+    yield ours("ours, lora-c, inner rank r*k", "rk")
+    yield ours("ours, lora-c, lora_a frozen", "freeze-a")
+    yield ours("ours, lora-c, in weight space", "weight")
+    yield ours("ours, lora-c, as branches", "branch")
+    yield ours("ours, lora-c, micro-batches of 8", "lora-c", micro_batch=8)
+    yield ours("ours, lora-c, on onnxruntime 1.19.2", "lora-c", TRAINING)
+    yield ours("ours, lora-c, simplified by onnxsim", SIMPLIFIED)
+    yield _torch("lora-c", form="branch")
+    yield _onnxsim("onnxsim, lora-c", "own")
+    yield _onnxsim("onnxsim, lora-c, optimized session", "optimized")
+
+
+COMPETITORS: dict[str, Competitor] = {c.label: c for c in _all()}
+
+
+def chosen(*labels: str) -> tuple[Competitor, ...]:
+    """Competitors by their labels. Raises KeyError for one that does not exist."""
+    return tuple(COMPETITORS[label] for label in labels)
+
+
+def of(*starts: str) -> tuple[Competitor, ...]:
+    """All competitors that train one of `TRAINED` and whose label begins so.
+
+    >>> [c.label for c in of("PyTorch,")][:2]
+    ['PyTorch, lora-c', 'PyTorch, full']
+    """
+    plain = {f"{start} {variant}{more}" for start in starts for variant in TRAINED for more in ("", " + cache")}
+    return tuple(c for c in COMPETITORS.values() if c.label in plain)
+
+
+MAIN = chosen(
+    FLOOR,
+    REFERENCE,
+    "ours, full",
+    "onnxruntime-training, lora-c",
+    "onnxruntime-training, full",
+    "PyTorch, lora-c",
+    "PyTorch, full",
+    "PyTorch compiled, lora-c",
 )
-MEMORY = "ours-r,ours-micro8,ours-last,ours-full,torch-weight,torch-last,torch-full,native-r,native-last,native-full"
-STARTUP = "ours-r,ours-full,torch-weight,torch-full,native-r"
-
-
-def chosen(text: str) -> dict[str, Competitor]:
-    """Competitors by their names, comma-separated. Raises ValueError naming those that do not exist."""
-    names = [name for name in text.split(",") if name]
-    unknown = [name for name in names if name not in COMPETITORS]
-    if unknown or not names:
-        raise ValueError(f"no competitors {', '.join(unknown) or '(none)'}: choose from {', '.join(COMPETITORS)}")
-    return {name: COMPETITORS[name] for name in names}
+FORMS = chosen(
+    "ours, lora-c, inner rank r*k",
+    "ours, lora-c, lora_a frozen",
+    "ours, lora-c, in weight space",
+    "ours, lora-c, as branches",
+    "ours, lora-c, on onnxruntime 1.19.2",
+    "ours, lora-c, simplified by onnxsim",
+    "PyTorch, lora-c as branches",
+    "onnxsim, lora-c",
+    "onnxsim, lora-c, optimized session",
+)
+EVERY = (*chosen(FLOOR), *of("ours,", "onnxruntime-training,", "PyTorch,", "PyTorch compiled,"))
+FEWER_COMPILED = (  # each takes many seconds to compile
+    *chosen(FLOOR),
+    *of("ours,", "onnxruntime-training,", "PyTorch,"),
+    *chosen("PyTorch compiled, lora-c", "PyTorch compiled, full"),
+)
+QUICK = chosen(FLOOR, REFERENCE, "ours, block + cache", "onnxruntime-training, lora-c", "PyTorch, lora-c")
+PROJECT_STANDS_IN = (TRAINING, PYTORCH)  # for these: it has the same packages, if more of them

@@ -4,101 +4,122 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import subprocess
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from benchmarks.interpreters import ROOT
+from benchmarks import interpreters as envs
+from benchmarks.step_cases import Case
+from benchmarks.step_competitors import PROJECT_STANDS_IN, Competitor
 from benchmarks.step_protocol import Job
+from lorac_deploy.bench import processes
+from lorac_deploy.bench.processes import WorkerError
 
-SETTLE = 0.05  # seconds: threads of an OpenMP team spin for some milliseconds after their work
-
-
-class WorkerError(Exception):
-    """A worker answered with an error, or ended."""
+__all__ = ["Place", "Session", "Worker", "WorkerError", "Workers", "fresh", "place"]
 
 
-class Worker:
-    """A process that runs ``module`` with ``interpreter`` on a job; use it in a ``with`` block."""
+class Worker(processes.Worker):
+    """A process that runs ``module`` with ``interpreter``; use it in a ``with`` block."""
 
-    def __init__(self, interpreter: Path, module: str, job: Job) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
-        self.started = time.perf_counter()
-        self._process = subprocess.Popen(
-            [str(interpreter), "-m", module, json.dumps(dataclasses.asdict(job))],
-            cwd=ROOT,
-            env={k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_", "GOMP_", "KMP_"))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            bufsize=1,
-        )
-
-    def ask(self, what: str, **request: Any) -> dict[str, Any]:
-        """The answer to a request. Raises WorkerError with the worker's own reason."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended; what it wrote says why
-            self._process.stdin.write(json.dumps({"do": what, **request}) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
-        if "error" in answer:
-            raise WorkerError(answer["error"])
-        return answer
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._log.seek(0)
-        return f"ended with status {code}: {' '.join(self._log.read().split()[-40:])}"
+    def __init__(self, interpreter: Path, module: str) -> None:
+        super().__init__([str(interpreter), "-m", module], folder=envs.ROOT)
 
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End it, kindly first."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
+    @property
+    def ended(self) -> bool:
+        """Whether the process is over."""
+        return self._process.poll() is not None
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """Workers by name that have made their first steps, the losses of these, and why others have not."""
+class Place:
+    """Where a competitor runs; ``note`` says so where that is not the environment it names."""
 
-    workers: dict[str, Worker]
-    losses: dict[str, list[float]]
-    refused: dict[str, str]
+    interpreter: Path
+    note: str = ""
 
 
-@contextlib.contextmanager
-def opened(jobs: dict[str, tuple[Path, str, Job]], *, warmup: int) -> Iterator[Opened]:
-    """Start workers one after the other, each alone; ``jobs`` hold `Worker`'s arguments. They end with the block."""
-    with contextlib.ExitStack() as stack:
-        found = Opened({}, {}, {})
-        for name, arguments in jobs.items():
-            worker = stack.enter_context(Worker(*arguments))
-            try:
-                found.losses[name] = worker.ask("step", count=warmup)["losses"]
-            except WorkerError as err:
-                found.refused[name] = str(err)
-            else:
-                found.workers[name] = worker
-        yield found
+def place(competitor: Competitor, given: Mapping[str, Path], *, quick: bool) -> Place:
+    """The interpreter for a competitor.
+
+    Where its environment is not there, the project's own one stands in if it holds the same packages; with ``quick``
+    also for the newest onnxruntime. Raises FileNotFoundError with the reason where nothing does.
+    """
+    name = competitor.environment
+    try:
+        return Place(envs.python(name, given))
+    except FileNotFoundError:
+        if name in given or not (name in PROJECT_STANDS_IN or (quick and name == envs.RUNTIME)):
+            raise
+        return Place(envs.python(envs.PROJECT, given), f"in the environment project, for {name} is not there")
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A training that is open in a worker."""
+
+    worker: Worker
+    name: str
+    facts: Mapping[str, float]
+    note: str = ""
+
+    def ask(self, what: str, **request: Any) -> dict[str, Any]:
+        """The answer to a request about it."""
+        return self.worker.ask(what, name=self.name, **request)
+
+
+def fresh(competitor: Competitor, given: Mapping[str, Path], *, quick: bool) -> tuple[Worker, Place]:
+    """A new process for a competitor. Raises FileNotFoundError where its environment is not there."""
+    where = place(competitor, given, quick=quick)
+    return Worker(where.interpreter, competitor.worker), where
+
+
+class Workers:
+    """Processes that competitors share, one for each environment and kind of work; use it in a ``with`` block.
+
+    A process is started when it is first needed, so that importing a library is paid for once.
+    """
+
+    def __init__(self, given: Mapping[str, Path], *, quick: bool) -> None:
+        self._given, self._quick = given, quick
+        self._running: dict[tuple[Path, str], Worker] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def open(self, competitor: Competitor, case: Case, *, batch: int, threads: int) -> Session:
+        """Load what a competitor trains. Raises WorkerError with its reason, FileNotFoundError without a place."""
+        place(competitor, self._given, quick=self._quick)  # before the work of making files
+        job = case.job(competitor, batch=batch, threads=threads, onnxsim=self._onnxsim)
+        return self.open_job(competitor, job)
+
+    def open_job(self, competitor: Competitor, job: Job) -> Session:
+        """Load what a job names; raises what `open` raises."""
+        where = place(competitor, self._given, quick=self._quick)
+        worker, name = self._worker(where, competitor.worker), competitor.label
+        try:
+            facts = worker.ask("open", name=name, job=dataclasses.asdict(job))
+        except WorkerError:
+            self._forget_if_ended(worker)
+            raise
+        return Session(worker, name, facts, where.note)
+
+    def _onnxsim(self) -> Path:
+        return envs.python(envs.ONNXSIM, self._given)
+
+    def _worker(self, where: Place, module: str) -> Worker:
+        key = (where.interpreter, module)
+        if key not in self._running:
+            self._running[key] = self._stack.enter_context(Worker(where.interpreter, module))
+        return self._running[key]
+
+    def _forget_if_ended(self, worker: Worker) -> None:
+        """So that the next competitor gets a new process."""
+        if worker.ended:
+            self._running = {key: one for key, one in self._running.items() if one is not worker}

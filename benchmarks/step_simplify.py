@@ -1,4 +1,4 @@
-"""Copy an artifact with its graphs simplified by onnxsim; runs in the environment ``bench-onnxsim``.
+"""Copy an artifact with its graphs simplified by onnxsim; runs in the environment ``onnxsim``.
 
 ``python -m benchmarks.step_simplify ARTIFACT TARGET``: base.onnx and train_step.onnx as `onnxsim.simplify` gives them
 back, everything else as it was. Prints the numbers of nodes before and after as JSON.

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.step_protocol import Images, Job, Labels, Step, serve
+from benchmarks.step_protocol import Images, Job, Labels, Prepared, serve
 from lorac_runtime.engines import wheel
 from lorac_runtime.engines.native import PROVIDERS, session_options
 from lorac_runtime.manifest import BASE
 
 
-def prepare(job: Job) -> Step:
+def prepare(job: Job) -> Prepared:
     """So many passes, the batch and the logits bound once."""
     ort = wheel.load_inference()
     path = str(Path(job.artifact) / BASE)
@@ -34,7 +34,7 @@ def prepare(job: Job) -> Step:
             session.run_with_iobinding(io)
         return loss
 
-    return step
+    return Prepared(step)
 
 
 def cross_entropy(logits: Images, labels: Labels) -> float:

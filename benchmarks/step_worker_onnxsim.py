@@ -21,7 +21,7 @@ import onnxsim  # type: ignore[import-not-found]  # lives in an environment of i
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from safetensors.numpy import load_file
 
-from benchmarks.step_protocol import LR, Images, Job, Labels, Step, serve
+from benchmarks.step_protocol import LR, Images, Job, Labels, Prepared, Step, serve
 
 FORWARD, LOSS, TARGET = "eval_step.onnx", "loss", "one_hot"
 OPSET = 17  # the only one that onnxsim's step graphs are written for
@@ -127,7 +127,7 @@ def limit_threads(threads: int) -> None:
     onnxruntime.SessionOptions = limited
 
 
-def prepare(job: Job) -> Step:
+def prepare(job: Job) -> Prepared:
     """A step of its loop on the batch."""
     limit_threads(job.threads)
     images, labels = job.load_batch()
@@ -135,8 +135,8 @@ def prepare(job: Job) -> Step:
     feeds = {model.graph.input[0].name: images, TARGET: one_hot(labels, _width(model))}
     loop = onnxsim.compile_training_loop(model, LOSS, trained, optimizer="adam")
     if job.options["session"] == "own":
-        return functools.partial(loop, feeds, LR)
-    return optimized_step(loop, feeds)
+        return Prepared(functools.partial(loop, feeds, LR))
+    return Prepared(optimized_step(loop, feeds))
 
 
 def _width(model: onnx.ModelProto) -> int:

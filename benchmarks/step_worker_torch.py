@@ -1,4 +1,4 @@
-"""Worker: the same step in PyTorch. Option ``form``: of the adapters, ``weight`` or ``branch``; unused without any.
+"""Worker: the same training in PyTorch. Options: ``network``, a file with the network, and ``compile``.
 
 The network is folded like base.onnx, starts from the artifact's own tensors, and trains those that the artifact
 trains, with AdamW (foreach) and clipping. It is in evaluation mode: a folded network differs by dropout alone.
@@ -6,90 +6,143 @@ trains, with AdamW (foreach) and clipping. It is in evaluation mode: a folded ne
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import os
+import shutil
 import sys
-from pathlib import Path
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.step_protocol import CLIP, LR, NETWORK, Job, Step, serve
-from lorac_deploy.lora import LoraConfig, LoraConv2d, load_adapter_tensors, select_trainable
-from lorac_deploy.lora_layers import recast
-from lorac_runtime.adapter import load_adapter
-from lorac_runtime.manifest import ADAPTER
+from benchmarks.step_protocol import CLIP, LR, Epochs, Job, Prepared, Run, serve
+
+Forward = Callable[[Tensor], Tensor]
 
 
-class ThinConv2d(LoraConv2d):
-    """The spatial layout as conv(x, W) + conv(conv(x, A), B): a 1 x k_w convolution, then a k_h x 1 one."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The same output as `LoraConv2d`'s, without ever forming the weight's update."""
-        (s_h, s_w), (d_h, d_w) = self.stride, self.dilation
-        p_h, p_w = (int(p) for p in self.padding)
-        high, wide = self.kernel_size
-        rank = self.lora_a.shape[0]
-        down = self.lora_a.reshape(rank, -1, 1, wide).repeat(self.groups, 1, 1, 1)
-        up = (self.scale * self.lora_b).reshape(self.out_channels, high, rank).transpose(1, 2).unsqueeze(3)
-        if high == 1:  # all of the geometry belongs to the first one
-            hidden = functional.conv2d(input, down, None, (s_h, s_w), (p_h, p_w), (d_h, d_w), self.groups)
-            change = functional.conv2d(hidden, up, groups=self.groups)
-        else:
-            hidden = functional.conv2d(input, down, None, (1, s_w), (0, p_w), (1, d_w), self.groups)
-            change = functional.conv2d(hidden, up, None, (s_h, 1), (p_h, 0), (d_h, 1), self.groups)
-        whole: Tensor = self._conv_forward(input, self.weight, self.bias)
-        return whole + change
+def prepare(job: Job) -> Prepared:
+    """A step of AdamW."""
+    torch.set_num_threads(job.threads)
+    with contextlib.suppress(RuntimeError):  # it can be set once, before the first parallel work
+        torch.set_num_interop_threads(1)
+    network = loaded(job)
+    images, labels = (torch.from_numpy(value) for value in job.load_batch())
+    forward, facts = compiled(network, images, labels) if job.options["compile"] else (network, {})
+    start = [p.detach().clone() for p in trained(network)]
+    step = stepper(network, forward, optimizer_of(network))
+    return Prepared(
+        lambda: step(images, labels, LR),
+        functools.partial(_epochs, job, network, forward, start),
+        functools.partial(saved_bytes, network, images, labels),
+        facts,
+    )
 
 
-def use_branches(network: nn.Module) -> None:
-    """Turn every weight-space adapter into thin branches, in place.
-
-    Raises ValueError for another layout than the spatial one, or padding that is not zeros given as numbers.
-    """
-    for name, layer in network.named_modules():
-        if isinstance(layer, LoraConv2d):
-            if layer.adapter.layout != "spatial" or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-                raise ValueError(f"{name} has no thin form here: {layer}")
-            recast(layer, ThinConv2d)
-
-
-def trained_network(artifact: Path, form: str) -> nn.Module:
-    """The network beside the artifact, prepared by the artifact's method and at its start."""
-    network: nn.Module = torch.load(artifact.parent / NETWORK, weights_only=False)
-    said = load_adapter(artifact / ADAPTER).metadata
-    settings: dict[str, Any] = {"freeze_a": said["freeze_a"] == "true"}
-    settings["blocks"] = tuple(name for name in said["blocks"].split(",") if name)
-    if said["r"]:
-        settings |= {"rank": int(said["r"]), "alpha": float(said["alpha"])}
-        settings |= {"rank_mode": said["rank_mode"], "layout": said["layout"]}
-    select_trainable(network.eval(), said["method"], LoraConfig(**settings))
-    load_adapter_tensors(network, load_file(artifact / ADAPTER))
-    if form == "branch":
-        use_branches(network)
+def loaded(job: Job) -> nn.Module:
+    """The network at the artifact's start."""
+    network: nn.Module = torch.load(job.options["network"], weights_only=False)
     return network
 
 
-def prepare(job: Job) -> Step:
-    """A step of AdamW."""
-    torch.set_num_threads(job.threads)
-    torch.set_num_interop_threads(1)
-    network = trained_network(Path(job.artifact), job.options["form"])
-    images, labels = (torch.from_numpy(value) for value in job.load_batch())
-    trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, foreach=True)
+def trained(network: nn.Module) -> list[nn.Parameter]:
+    """What trains."""
+    return [p for p in network.parameters() if p.requires_grad]
 
-    def step() -> float:
+
+def optimizer_of(network: nn.Module, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW on what trains."""
+    return torch.optim.AdamW(trained(network), lr=LR, weight_decay=weight_decay, foreach=True)
+
+
+def stepper(
+    network: nn.Module, forward: Forward, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor, Tensor, float], float]:
+    """A training step; it returns the loss before it."""
+    parameters = trained(network)
+
+    def step(images: Tensor, labels: Tensor, lr: float) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(network(images), labels)
+        loss = functional.cross_entropy(forward(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, CLIP, foreach=True)
+        nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
         optimizer.step()
         return float(loss.detach())
 
     return step
 
 
+def compiled(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Forward, dict[str, float]]:
+    """The network by torch.compile in its default mode, and the seconds that this took.
+
+    ``first_use`` are those of the first compilation of the process, of a single layer: it imports the compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"torch.compile needs a C++ compiler, and there is no {compiler} on the path")
+    first = _first_use()
+    forward: Forward = torch.compile(network)
+    parameters = trained(network)
+
+    def once() -> float:
+        started = time.perf_counter()
+        torch.autograd.grad(functional.cross_entropy(forward(images), labels), parameters)
+        return time.perf_counter() - started
+
+    seconds = once()
+    return forward, {"compile": max(0.0, seconds - once()), "first_use": first}
+
+
+@functools.lru_cache(maxsize=1)
+def _first_use() -> float:
+    started = time.perf_counter()
+    layer: Forward = torch.compile(nn.Linear(4, 4))
+    layer(torch.zeros(2, 4)).sum().backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - started
+
+
+def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once; parameters and the batch are not counted."""
+    known = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers(), images, labels)}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = functional.cross_entropy(network(images), labels)
+    total = sum(t.untyped_storage().nbytes() for address, t in found.items() if address not in known)
+    del loss
+    return total
+
+
+def _epochs(job: Job, network: nn.Module, forward: Forward, start: list[Tensor], run: Run) -> Epochs:
+    """From the artifact's start, with the network that is compiled already."""
+    with torch.no_grad():
+        for parameter, value in zip(trained(network), start, strict=True):
+            parameter.copy_(value)
+    # Imported here: what it needs of this project is no part of a PyTorch process's memory.
+    module = importlib.import_module("benchmarks.step_torch_epochs")
+    found: Epochs = module.epochs(job, network, forward, run)
+    return found
+
+
+def main() -> int:
+    """Compile into a folder of this process, so that every compilation is a first one."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        return serve(prepare)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(prepare))
+    sys.exit(main())

@@ -122,7 +122,7 @@ def saved_activations(model: ir.Model, batch: int) -> int:
 def _kept_features(model: ir.Model, batch: int) -> int:
     graph = model.graph
     forward = ancestors(next(output for output in graph.outputs if output.name == LOSS))
-    features = [value for value in graph.inputs if name_of(value).startswith(NAMED)]
+    features = [v for v in graph.inputs if name_of(v).startswith(NAMED) and "batch" in dims(v)]  # no weights
     return sum(byte_size(v, batch) for v in features if any(use.node not in forward for use in v.uses()))
 
 

@@ -19,7 +19,7 @@ from lorac_exporters.memory_order import ancestors, constant_values
 from lorac_runtime.manifest import Feature
 
 PREFIX = "prefix_step.onnx"
-NAMED = "features."  # before the name of a value: no input of a step is called so
+NAMED = "features."  # before the name of a value; a network may have weights that are called so
 _MOVES = frozenset({"Slice", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "Concat"})
 
 log = logging.getLogger(__name__)
