@@ -126,17 +126,16 @@ def factors(change: Floats, groups: int, rank: int) -> tuple[Floats, Floats]:
 
 
 def extra_node(model: ir.Model) -> ir.Model:
-    """A copy with one node too many: a product with ones behind the largest feature map that an activation gives.
+    """A copy with one node too many: the largest feature map that an activation gives, to the power of almost 1.
 
-    The ones are the next number above 1, for a product with 1 itself is removed by onnxruntime as it loads.
+    It changes no number by more than rounding, and costs some per cent. (A product with ones costs 0.4 % of a
+    ResNet-18: no clock tells that from nothing, the structural check does.)
     """
     copy = model.clone()
     node = max(_activations(copy.graph), key=lambda n: _size(n.outputs[0]))
     y = node.outputs[0]
-    channels = (static_dims(y) or ())[1] or 1
-    shape = (1, channels, *[1] * (len(y.shape or ()) - 2))
-    ones = constant(copy.graph, "planted.ones", np.full(shape, np.nextafter(np.float32(1), np.float32(2))))
-    extra = ir.node("Mul", [y, ones], name="planted.product")
+    exponent = constant(copy.graph, "planted.exponent", np.array(np.nextafter(np.float32(1), np.float32(2))))
+    extra = ir.node("Pow", [y, exponent], name="planted.power")
     extra.outputs[0].name, extra.outputs[0].type, extra.outputs[0].shape = "planted.out", y.type, y.shape
     y.replace_all_uses_with(extra.outputs[0], replace_graph_outputs=True)
     extra.replace_input_with(0, y)
@@ -152,9 +151,11 @@ def unfolded_branch(fused: ir.Model, base: ir.Model, ranks: Mapping[str, int]) -
 
 
 def _activations(graph: ir.Graph) -> list[ir.Node]:
-    """Nodes behind which a product is not folded into a convolution; all nodes where there is none."""
-    found = [n for n in graph if n.op_type in ("Relu", "Clip", "LeakyRelu", "HardSwish", "Sigmoid", "MaxPool")]
-    return found or list(graph)
+    """Nodes that give no negative numbers, of which a power is defined. Raises ConversionError if there is none."""
+    found = [n for n in graph if n.op_type in ("Relu", "Clip", "Sigmoid", "HardSigmoid")]
+    if not found:
+        raise ConversionError("no activation takes an extra node behind it")
+    return found
 
 
 def _size(value: ir.Value) -> int:
