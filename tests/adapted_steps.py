@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from exporter_graphs import randomize
 from networks import touch_adapters
+from shared_export import export_graph
 from step_runs import Arrays, Batch, Case, Outcome, changes, in_graph, in_pytorch, session, starting, step_config
 from torch import nn
 
@@ -21,7 +22,6 @@ from lorac_deploy.lora import select_trainable
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.engine_files import EngineChoice
 from lorac_exporters.graphs import Graphs, build_graphs
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_step import train_step
 from lorac_runtime.engines import Engine, open_engine
 from lorac_runtime.manifest import InputSpec, Manifest, TrainingDefaults, load

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from exporter_graphs import randomize
 from networks import touch_adapters
+from shared_export import export_graph
 from step_runs import (
     Arrays,
     Batch,
@@ -31,7 +32,6 @@ from lorac_deploy.lora import select_trainable
 from lorac_exporters.branches import form_of
 from lorac_exporters.graph_tools import set_array
 from lorac_exporters.graphs import Graphs, build_graphs
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_step import StepConfig, eval_step, prefix_step, train_step
 from lorac_runtime.manifest import InputSpec, TrainingDefaults
 

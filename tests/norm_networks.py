@@ -7,13 +7,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.engine_files import EngineChoice
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.manifest import BnPolicy, InputSpec, TrainingDefaults
 

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from exporter_graphs import randomize
+from shared_export import export_graph
 from torch import nn
 
 from lorac_deploy.signal_nets import Cnn1d, Mlp
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.manifest import InputSpec, TrainingDefaults
 
 CLASSES = ("idle", "sound", "worn")

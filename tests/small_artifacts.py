@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.manifest import InputSpec
 
 SPEC = InputSpec("input", (3, 10, 10), 1 / 255, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))

@@ -9,11 +9,11 @@ import onnx_ir as ir
 import pytest
 import torch
 from networks import NAMES, SPEC, touch_adapters, trained
+from shared_export import export_graph
 
 from lorac_deploy.lora import adapter_tensors, attach
 from lorac_exporters.artifact import ArtifactConfig, adapter_metadata, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs, run_onnx, verify
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import AdapterFile, check_adapter, save_adapter, to_manifest_coordinates

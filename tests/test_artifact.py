@@ -181,11 +181,12 @@ def test_a_policy_that_needs_bn_is_refused_where_there_is_none(tmp_path: Path, p
         export(tmp_path / "artifact", network(norm=False), bn_policy=policy)
 
 
-def test_operators_without_a_gradient_are_named_before_anything_is_written(tmp_path: Path) -> None:
-    class Odd(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cumsum(x, 1)
+class Odd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(x, 1)
 
+
+def test_operators_without_a_gradient_are_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="CumSum"):
         export(tmp_path / "artifact", network(activation=Odd()))
     assert list(tmp_path.iterdir()) == []

@@ -246,7 +246,7 @@ def test_what_installs_packages_is_not_counted_as_installed(tmp_path: Path) -> N
 
 
 def test_a_failure_is_one_message_and_an_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--device-python", sys.executable, "--out", str(tmp_path)]) == 1
+    assert main(["--device-python", str(tmp_path / "python"), "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("error: ")
 
 

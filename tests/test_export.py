@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from networks import trained
+from shared_export import export_graph
 
 from lorac_deploy.checkpoint import save_checkpoint
 from lorac_deploy.commands import export_training_artifact as command
@@ -22,7 +23,6 @@ from lorac_exporters.artifact import ArtifactConfig
 from lorac_exporters.base_tflite import TfliteChoice
 from lorac_exporters.patch_table import initializer_offsets
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs, run_onnx, verify
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, save_adapter

@@ -7,13 +7,13 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_export import export_graph
 
 from lorac_deploy.models import ModelSpec, build
 from lorac_exporters.canonical import Canonical, canonicalize
 from lorac_exporters.inject import count_parameters, describe, inject, starting_values
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.delta import LAYOUTS, Layout
 from lorac_runtime.errors import ConversionError
 

@@ -15,6 +15,7 @@ from adapted_steps import (
     vgg,
 )
 from exporter_graphs import from_text, numbers
+from shared_export import export_graph
 from step_runs import Case
 from torch import nn
 
@@ -24,7 +25,6 @@ from lorac_exporters.graph_tools import array
 from lorac_exporters.graphs import build_graphs
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import Layer, Network
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.manifest import InputSpec
 
 LORA = LoraConfig(rank=2)

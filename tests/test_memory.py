@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from networks import SPEC, trained
+from shared_export import export_graph
 
 from lorac_exporters.branches import form_of
 from lorac_exporters.gradients.tape import Tape
@@ -25,7 +26,6 @@ from lorac_exporters.memory_order import buffers, byte_size, constant_values, ex
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.prefix import PREFIX
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_step import StepConfig, gradient_step, optimizer_step, train_step, write
 from lorac_runtime.manifest import BASE, TrainingDefaults
 
@@ -176,6 +176,12 @@ def test_the_order_is_onnxruntime_s_own(tmp_path: Path) -> None:
     ours = [node.name for node in execution_order(model.graph) if node.op_type != "Shape"]
     assert len(ours) > 100
     assert [name for name in ran if name in set(ours)] == ours
+
+
+def test_a_trained_tensor_that_is_called_like_a_feature_is_no_activation() -> None:
+    model = tiny()
+    next(value for value in model.graph.inputs if value.name == "p").name = "features.17.conv.weight"
+    assert saved_activations(model, BATCH) == saved_activations(tiny(), BATCH) == BATCH * 10 * FLOAT
 
 
 @pytest.mark.parametrize("batch", [1, 32])

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_cases import batches, prepared
 from norm_networks import SPEC, export, network
+from shared_export import export_graph
 from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter, load_module_adapter, save_module_adapter
@@ -21,7 +22,6 @@ from lorac_deploy.lora import adapter_tensors, select_trainable
 from lorac_deploy.unfolding import as_shifts, unfold
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, save_adapter

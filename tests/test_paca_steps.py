@@ -18,6 +18,7 @@ from gradient_cases import TOLERANCE, graph_of
 from gradient_cases import run as run_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_export import export_graph
 from step_networks import batches, graphs_of, prepared, step_graph
 from step_runs import Arrays, Case, changes, in_graph, in_pytorch, starting, step_config, trained_only
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ from lorac_exporters.inject import starting_values
 from lorac_exporters.memory import peak
 from lorac_exporters.methods.paca import chosen_channels
 from lorac_exporters.partials import add_partials, read_again
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.training_step import train_step
 from lorac_runtime.manifest import Partial, TrainingDefaults
 

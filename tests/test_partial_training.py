@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from networks import touch_adapters
+from shared_export import export_graph
 from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter, load_module_adapter, save_module_adapter
@@ -16,7 +17,6 @@ from lorac_deploy.lora import adapter_tensors, fuse, select_trainable
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
 from lorac_exporters.engine_files import EngineChoice
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs, run_onnx
 from lorac_runtime import FinetuneConfig, finetune
 from lorac_runtime import manifest as mf

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_deploy.adapter_files import save_module_adapter
@@ -17,7 +18,6 @@ from lorac_deploy.lora import adapter_tensors, fuse, select_trainable
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.engine_files import EngineChoice
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import run_onnx, verify
 from lorac_runtime import manifest as mf
 from lorac_runtime.config import FinetuneConfig

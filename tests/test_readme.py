@@ -56,11 +56,12 @@ def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     else:
         command = [sys.executable, "-c", block.text]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    user = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    # OMP_NUM_THREADS stays 1 as in all tests: PyTorch's threads wait for each other by spinning, and so two of them
+    # beside another test take several times the work of one.
     (folder / "recorder").mkdir(exist_ok=True)
     (folder / "recorder" / "sitecustomize.py").write_text(RECORDER, encoding="utf-8")
     own = {"PATH": path, "PYTHONPATH": str(folder / "recorder"), "RECORD": str(folder / "record.jsonl")}
-    return subprocess.run(command, cwd=folder, env=user | own, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=False)
 
 
 def loaded(folder: Path, program: str) -> list[set[str]]:

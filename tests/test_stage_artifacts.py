@@ -12,6 +12,7 @@ import pytest
 import torch
 from networks import touch_adapters
 from plain_layers import conv, plain
+from shared_export import export_graph
 from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter, save_module_adapter
@@ -26,7 +27,6 @@ from lorac_exporters.methods import METHODS
 from lorac_exporters.onnx_file import read_graph
 from lorac_exporters.plan import LoraConfig, Network
 from lorac_exporters.stages import blocks_of
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs
 from lorac_runtime.engines import open_engine
 from lorac_runtime.errors import AdapterError, ConversionError

@@ -4,11 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_exporters.canonical import canonicalize
 from lorac_exporters.statistics_graph import statistics_graph
-from lorac_exporters.torch_graph import export_graph
 
 
 def network() -> nn.Sequential:

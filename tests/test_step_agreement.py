@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from networks import NAMES, SPEC, touch_adapters, trained
+from shared_export import export_graph
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock
@@ -21,7 +22,6 @@ from torchvision.models.resnet import BasicBlock
 from lorac_deploy.lora import adapter_tensors, attach
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import random_inputs
 from lorac_runtime.manifest import TrainingDefaults
 

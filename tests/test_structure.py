@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared_export import export_graph
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -13,7 +14,6 @@ from lorac_exporters import inject
 from lorac_exporters.canonical import canonicalize
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
-from lorac_exporters.torch_graph import export_graph
 
 
 class OwnConv(nn.Conv2d):

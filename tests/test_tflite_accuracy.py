@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from shared_export import export_graph
 from tflite_runtimes import PLAIN_KERNELS, RUNTIMES, answers
 
 from benchmarks import cifar10
@@ -18,7 +19,6 @@ from lorac_exporters.tflite.lower import lower
 from lorac_exporters.tflite.network import Network
 from lorac_exporters.tflite.quantize import quantize
 from lorac_exporters.tflite.schema import to_bytes
-from lorac_exporters.torch_graph import export_graph
 
 CALIBRATION = 200  # training images
 POINT = 0.01

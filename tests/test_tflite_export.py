@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from networks import trained
+from shared_export import export_graph
 from torch import nn
 
 from lorac_exporters.canonical import Canonical, canonicalize
@@ -22,7 +23,6 @@ from lorac_exporters.tflite import TfliteConfig, TfliteReport, export, ranges_of
 from lorac_exporters.tflite.answers import TfliteAnswers
 from lorac_exporters.tflite.running import Runner
 from lorac_exporters.tflite.schema import from_bytes
-from lorac_exporters.torch_graph import export_graph
 from lorac_exporters.verify import run_onnx
 from lorac_runtime.data import preprocess
 from lorac_runtime.errors import ArtifactError, ConversionError, OutputError
@@ -189,11 +189,12 @@ def test_an_int8_file_of_a_graph_that_takes_raw_images(tmp_path: Path) -> None:
     assert np.abs(found - expected()).max() < 0.06 * np.abs(expected()).max()
 
 
-def test_what_stays_in_float32_of_an_int8_file_is_reported(tmp_path: Path) -> None:
-    class Odd(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.sqrt(x.abs() + 1)
+class Odd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sqrt(x.abs() + 1)
 
+
+def test_what_stays_in_float32_of_an_int8_file_is_reported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Odd(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     net = nn.Sequential(*net, nn.Linear(4, 4)).eval()

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_deploy.models import ModelSpec, build
@@ -19,7 +20,6 @@ from lorac_exporters import tflite
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.tflite_config import Weights
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter
 from lorac_runtime.patch import FuseReport, fuse

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import tflite
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_exporters.canonical import Canonical, canonicalize
@@ -19,7 +20,6 @@ from lorac_exporters.tflite.network import Network, Operator, Quantization, Sour
 from lorac_exporters.tflite.patches import patch_entries, unpatchable, with_partners
 from lorac_exporters.tflite.schema import to_bytes
 from lorac_exporters.tflite_config import WEIGHTS, TfliteConfig
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import InputSpec, Patch
 from lorac_runtime.quantization import bias_scales, quantized_bias, quantized_weight, weight_scales

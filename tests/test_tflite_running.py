@@ -112,9 +112,10 @@ def test_a_refusal_is_no_crash_and_the_next_file_runs(path: Path, runtime: str) 
 
 
 def test_a_crash_is_told_and_the_next_file_runs(path: Path) -> None:
-    """tflite-runtime 2.14.0 does not verify a model that is given as bytes."""
+    """tflite-runtime 2.14.0 does not verify a model that is given as bytes: here its root table lies 2 GiB away."""
+    damaged = (2**31 - 16).to_bytes(4, "little") + path.read_bytes()[4:]
     with pytest.raises(RuntimeCrashedError, match="tflite-runtime died with status -"):
-        answers("tflite-runtime", path.read_bytes()[:500], IMAGES)
+        answers("tflite-runtime", damaged, IMAGES)
     assert answers("tflite-runtime", path, IMAGES)[0].shape == (5, 7, 8, 5)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from shared_export import export_graph
 from torch import nn
 
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
 from lorac_exporters.references import random_raw
-from lorac_exporters.torch_graph import export_graph
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, save_adapter
 from lorac_runtime.manifest import InputSpec
