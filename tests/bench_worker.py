@@ -40,8 +40,9 @@ def answer(request: dict) -> dict:
     return {"runtimes": {"onnxruntime": "9.9"}, "cores": [0]}
 
 
-with Path(os.environ["BENCH_LOG"]).open("a") as log:
-    for line in sys.stdin:
-        log.write(json.dumps([os.getpid(), json.loads(line)]) + "\n")
-        log.flush()
-        print(json.dumps(answer(json.loads(line))), flush=True)
+if __name__ == "__main__":
+    with Path(os.environ["BENCH_LOG"]).open("a") as log:
+        for line in sys.stdin:
+            log.write(json.dumps([os.getpid(), json.loads(line)]) + "\n")
+            log.flush()
+            print(json.dumps(answer(json.loads(line))), flush=True)
