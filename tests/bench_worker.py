@@ -1,6 +1,6 @@
 """A stand-in for the latency worker whose times are told by the files' names, so that tests do not depend on a clock.
 
-``x1.05`` in a file's name makes it take 1.05 times as long; ``noisy`` lets processes disagree by some 10 %; ``broken``
+``x1.05`` in a file's name makes it take 1.05 times as long; ``noisy`` lets processes disagree by 10 %; ``broken``
 refuses to open. Every request is appended to the file that the environment variable BENCH_LOG names.
 """
 
@@ -14,15 +14,20 @@ import sys
 from pathlib import Path
 
 opened: dict[str, str] = {}
-chance = random.Random(os.getpid())
-offset = chance.uniform(-0.1, 0.1)
+chance = random.Random(0)
+log = Path(os.environ.get("BENCH_LOG", os.devnull))
 
 
 def seconds(name: str) -> float:
     path = Path(opened[name])
     found = re.search(r"x(\d\.\d+)", path.name)
-    noise = offset if "noisy" in path.name else chance.uniform(0, 1e-4)
+    noise = wobble() if "noisy" in path.name else chance.uniform(0, 1e-4)
     return 0.01 * (float(found[1]) if found else 1.0) * (1 + noise)
+
+
+def wobble() -> float:
+    """A tenth up in every second process, a tenth down in the others."""
+    return 0.1 if log.read_text().count('"hello"') % 2 else -0.1
 
 
 def answer(request: dict) -> dict:
@@ -41,8 +46,8 @@ def answer(request: dict) -> dict:
 
 
 if __name__ == "__main__":
-    with Path(os.environ["BENCH_LOG"]).open("a") as log:
+    with log.open("a") as stream:
         for line in sys.stdin:
-            log.write(json.dumps([os.getpid(), json.loads(line)]) + "\n")
-            log.flush()
+            stream.write(json.dumps([os.getpid(), json.loads(line)]) + "\n")
+            stream.flush()
             print(json.dumps(answer(json.loads(line))), flush=True)
