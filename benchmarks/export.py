@@ -35,7 +35,7 @@ class Settings:
     """``models`` as NAME:PIXELS; ``rounds`` of conversions; ``fusings`` are the rounds of fusing."""
 
     models: tuple[str, ...] = MODELS
-    rounds: int = 3
+    rounds: int = 2
     fusings: int = 20
     quick: bool = False
     python: Mapping[str, Path] = dataclasses.field(default_factory=dict)

@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 Pair = tuple[Row, Row]  # base and fused of the same settings
 MOST_PAIRS, MOST = 8, 16  # panels
 BINS = 40  # at most; fewer where there are few runs
-TAIL = 99  # per cent of all runs that a panel shows
+TAIL = 90  # per cent of all runs that a panel shows
 BASE = Mark("base", "", "series-1", AREA)
 FUSED = Mark("fused", "", "series-2", LINE)
 FEW = 3  # ratios; models with no more share a panel

@@ -77,8 +77,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """A table for every quantity of one benchmark."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        over = f" over {row.settings['sweep']}" if row.settings.get("sweep") else ""
-        groups.setdefault(f"{rw.heading(row.quantity)}{over}\0{row.unit}", []).append(row)
+        swept = f", growth with {row.settings['sweep']}" if row.settings.get("sweep") else ""
+        groups.setdefault(f"{rw.heading(row.quantity)}{swept}\0{row.unit}", []).append(row)
     return [
         table(own, name.partition("\0")[0], opened=number == 0 or len(own) <= OPEN)
         for number, (name, own) in enumerate(groups.items())
@@ -87,7 +87,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def table(rows: Sequence[Row], title: str, *, opened: bool = True) -> Table:
     """The table of rows of one quantity and unit."""
-    every = [*_identity(rows), *_figures(rows)]
+    variant, *others = _identity(rows)
+    every = [variant, *_verdicts(rows), *others, *_figures(rows)]  # a phone shows what comes first
     columns = [column for column in every if column.kept or _tells(column, rows)]
     fixed = [(c.title, c.cell(rows[0]).text) for c in every if c not in columns and not _varies(c, rows)]
     common = ", ".join(f"{name.lower()} {text}" for name, text in fixed if text)
@@ -136,8 +137,12 @@ def _numeric(name: str, rows: Sequence[Row]) -> bool:
     return all(isinstance(row.settings.get(name), int | float | None) for row in rows)
 
 
+def _verdicts(rows: Sequence[Row]) -> list[Column]:
+    return [Column("Verdict", verdict)] if any(row.verdict for row in rows) else []
+
+
 def _figures(rows: Sequence[Row]) -> list[Column]:
-    """Columns of numbers and verdicts; those that no row has anything for are left out."""
+    """Columns of numbers and of the structure check; those that no row has anything for are left out."""
     unit = rows[0].unit
     scale = rn.scale_for([row.figure for row in rows], unit)
     minima = [rn.finite(row.details, "minimum") for row in rows]
@@ -148,8 +153,6 @@ def _figures(rows: Sequence[Row]) -> list[Column]:
         columns.append(_number("Minimum", scale, lambda row: rn.finite(row.details, "minimum"), missing=""))
     if any(row.ratio is not None for row in rows):
         columns.append(Column("Ratio", _ratio, numeric=True))
-    if any(row.verdict for row in rows):
-        columns.append(Column("Verdict", verdict))
     if any(row.details.get("structure") for row in rows):
         columns.append(Column("Structure", _structure))
     return columns

@@ -118,14 +118,14 @@ def test_a_verdict_says_in_words_whether_it_is_what_it_must_be(given: Any, tone:
 
 def test_columns_that_never_vary_are_said_once() -> None:
     (table,) = tables([row(variant="base"), row()])
-    assert [h.title for h in table.heads] == ["Variant", "Median, ms", "Minimum, ms", "Ratio", "Verdict"]
+    assert [h.title for h in table.heads] == ["Variant", "Verdict", "Median, ms", "Minimum, ms", "Ratio"]
     assert table.common == "model resnet18, format onnx, runtime onnxruntime, batch 1, precision float32"
 
 
 def test_sweeps_and_units_have_tables_of_their_own() -> None:
     swept = {"sweep": "rank", "rank": 4}
     rows = [row(quantity="step"), row(quantity="step", settings=swept), row(quantity="step", unit="bytes")]
-    assert [table.title for table in tables(rows)] == ["Step", "Step over rank", "Step"]
+    assert [table.title for table in tables(rows)] == ["Step", "Step, growth with rank", "Step"]
 
 
 def test_details_hold_the_rest_but_not_every_sample() -> None:
