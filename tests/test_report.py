@@ -156,7 +156,7 @@ def test_a_missing_figure_gives_its_reason_in_the_table() -> None:
     assert table.lines[0].cells[0].remark == "x" * 90 + "…"
     assert ("Note", "x" * 200) in table.lines[0].details
     assert tables([row(figure=None, ratio=None, verdict="", note="x")])[0].heads[1].title == "Median, s"
-    assert (table.lines[0].cells[2].text, table.lines[0].cells[2].value) == ("none", None)
+    assert (table.lines[0].cells[3].text, table.lines[0].cells[3].value) == ("none", None)
 
 
 def test_two_runs_are_compared_row_by_row() -> None:
