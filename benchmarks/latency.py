@@ -1,7 +1,8 @@
 """Is a fused file as fast as its base? Proved by structure, then measured on every runtime, with controls beside it.
 
 ResNet-18 and MobileNetV2 in full (two batch sizes, ONNX and TFLite, three precisions, all controls, planted faults, and
-the files of other converters, which are the same within 3 %); other networks as base and fused in float32.
+the files of other converters, which are the same within 3 %); other networks as base and fused in float32. Older
+runtimes, onnxruntime 1.19.2 and tflite-runtime, run what is in float32, at the first batch size.
 `lorac_deploy.bench.contest` says how it is measured. Images are as large as the networks' names say. Not counted:
 loading and first runs, which have rows of their own.
 """
@@ -31,9 +32,9 @@ from lorac_exporters.checks import DropinReport
 from lorac_exporters.tflite_config import WEIGHTS, Weights
 
 Say = Callable[[str], None]
-RUNTIMES = {"onnx": (envs.RUNTIME, envs.TRAINING), "tflite": (envs.TFLITE_RUNTIME, envs.LITERT)}
-FULL = ("resnet18:128", "mobilenet_v2:128")
-MORE = ("resnet34:128", "resnet50:128", "resnet101:128", "mobilenet_v3_large:128", "resnet8:32")
+RUNTIMES = {"onnx": (envs.RUNTIME, envs.TRAINING), "tflite": (envs.LITERT, envs.TFLITE_RUNTIME)}  # the newest first
+FULL = ("resnet18:64", "mobilenet_v2:96")
+MORE = ("resnet34:64", "resnet50:64", "resnet101:64", "mobilenet_v3_large:96", "resnet8:32")
 MUST = {FUSED: "same", INPUTS: "different", BRANCH: "different", EXTRA_NODE: "different", UNFOLDED: "different"}
 OTHERS_MARGIN = 0.03  # a file of another converter is the same within 3 %: it may order its work otherwise
 NOT_IN_TFLITE = {
@@ -77,7 +78,7 @@ class Case:
 
 
 def rows(settings: Settings, say: Say) -> list[Row]:
-    """Every case on every runtime."""
+    """Every case on its runtimes."""
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for text in (*settings.full, *settings.others):
@@ -98,7 +99,7 @@ def cases(subject: Subject, settings: Settings, *, full: bool) -> Iterator[Case]
 
 
 def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
-    """One case on every runtime of its format, the structure's proof beside each figure."""
+    """One case on its runtimes, the structure's proof beside each figure."""
     files = case.subject.files(case.format, case.precision, full=case.full)
     reports = {v: case.subject.structure(case.format, case.precision, files, v) for v in files if v != BASE}
     structures = {BASE: "", **{variant: in_words(report) for variant, report in reports.items()}}
@@ -109,7 +110,7 @@ def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
     )
     absent |= _impossible(case)
     found: list[Row] = []
-    for runtime in RUNTIMES[case.format]:
+    for runtime in runtimes(case, settings):
         try:
             interpreter = envs.python(runtime, settings.python)
             contest = Contest(case.format, interpreter, entries, settings.threads)
@@ -120,6 +121,12 @@ def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
             found += list(outcome_rows(case, settings, runtime, outcome, structures))
         found += [_absent(case, settings, runtime, v, why) for v, why in absent.items()]
     return found
+
+
+def runtimes(case: Case, settings: Settings) -> tuple[str, ...]:
+    """The runtimes that a case is measured on: the newest, and the older one if the case is a plain one."""
+    plain = case.precision == "float32" and case.batch == settings.batches[0]
+    return RUNTIMES[case.format] if plain else RUNTIMES[case.format][:1]
 
 
 def _others(case: Case, settings: Settings, say: Say) -> tuple[dict[str, Path], dict[str, str]]:

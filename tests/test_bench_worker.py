@@ -53,15 +53,18 @@ def test_turns_have_as_many_runs_as_asked_in_the_order_asked(doubling: tuple[str
 
 
 def test_warming_runs_until_it_no_longer_gets_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([5.0] * 5 + [4.0] * 5 + [3.0] * 5 + [2.99] * 5 + [1.0] * 99)
+    faster = [*np.geomspace(5.0, 3.0, 12)]
+    times = iter([*faster, *[3.0] * 99])
     monkeypatch.setattr(worker, "_timed", lambda _run, count: [next(times) for _ in range(count)])
-    assert worker._warmed(lambda: None, 1e9) == [5.0] * 5 + [4.0] * 5 + [3.0] * 5 + [2.99] * 5
+    found = worker._warmed(lambda: None, 1e9)
+    assert found[:12] == faster
+    assert 12 + 3 <= len(found) <= 12 + worker.WINDOW * 2
 
 
 def test_warming_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(np.geomspace(1.0, 1e-9, 500))
     monkeypatch.setattr(worker, "_timed", lambda _run, count: [next(times) for _ in range(count)])
-    assert len(worker._warmed(lambda: None, 0.1)) == 10
+    assert len(worker._warmed(lambda: None, 0.1)) == worker.FEWEST
 
 
 @pytest.mark.parametrize(

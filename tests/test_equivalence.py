@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorac_deploy.bench.equivalence import at_looks, equivalence
+from lorac_deploy.bench.contest import Effort
+from lorac_deploy.bench.equivalence import equivalence
+
+LOOKS = Effort().looks
 
 
 def rounds(ratio: float, spread: float, count: int, *, seed: int) -> list[float]:
@@ -47,7 +50,7 @@ def test_too_few_or_impossible_ratios_are_refused(values: list[float]):
 
 def test_more_looks_make_each_of_them_stricter_by_bonferroni():
     values = rounds(1.0, 0.01, 10, seed=1)
-    found = at_looks(values, 3)
+    found = equivalence(values, looks=3)
     low, high = stats.t.interval(1 - 0.1 / 3, 9, np.mean(np.log(values)), stats.sem(np.log(values)))
     np.testing.assert_allclose([found.low, found.high], np.exp([low, high]), rtol=1e-12)
 
@@ -60,6 +63,14 @@ def test_the_bootstrap_agrees_with_the_t_interval_on_many_observations():
 
 def test_a_difference_that_is_asked_for_three_times_is_still_called_the_same_in_one_run_of_twenty_at_most():
     wrong = sum(
-        any(at_looks(rounds(1.01, 0.01, 16, seed=s)[:n], 3).verdict == "same" for n in (6, 10, 16)) for s in range(400)
+        any(equivalence(rounds(1.01, 0.01, 16, seed=s)[:n], looks=3).verdict == "same" for n in LOOKS)
+        for s in range(400)
     )
     assert wrong / 400 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.05])
+def test_equal_things_are_called_different_once_in_a_hundred_runs_at_most(spread: float):
+    runs = [rounds(1.0, spread, 16, seed=s) for s in range(400)]
+    wrong = sum(any(equivalence(run[:n], looks=3).verdict == "different" for n in LOOKS) for run in runs)
+    assert wrong / 400 <= 0.01 + 3 * np.sqrt(0.01 * 0.99 / 400)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorac_deploy.bench.environment import ticks, usable_cores
-from lorac_deploy.bench.equivalence import MARGIN, Equivalence, at_looks
+from lorac_deploy.bench.equivalence import MARGIN, Equivalence, equivalence
 from lorac_deploy.bench.processes import Worker, WorkerError
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -46,7 +46,7 @@ class Entry:
 class Effort:
     """How much is measured: ``looks`` are numbers of processes after which it is judged, ``turn`` seconds of a turn."""
 
-    looks: tuple[int, ...] = (6, 10, 16)
+    looks: tuple[int, ...] = (4, 8, 16)
     rounds: int = 10
     turn: float = 0.02
     warm: float = 1.0
@@ -61,7 +61,7 @@ class Effort:
         """As by default, with so many processes at most.
 
         >>> Effort.up_to(8).looks, Effort.up_to(40).looks
-        ((6, 8), (6, 10, 16, 40))
+        ((4, 8), (4, 8, 16, 40))
         """
         usual = cls().looks
         return cls(looks=tuple(sorted({look for look in usual if look < processes} | {processes})))
@@ -141,7 +141,7 @@ def hold(contest: Contest, effort: Effort, say: Say = lambda _: None) -> Outcome
     return Outcome(
         timings={name: _timing(seen, name) for name in (reference, *seen.judged)},
         against=seen.judged,
-        control=at_looks([math.exp(_copy(rounds, reference)) for rounds in seen.rounds], 1),
+        control=equivalence([math.exp(_copy(rounds, reference)) for rounds in seen.rounds]),
         refused=seen.refused,
         runtime=seen.runtime,
         processes=len(seen.rounds),
@@ -221,7 +221,7 @@ def _judgement(contest: Contest, effort: Effort, seen: _Observed, entry: Entry) 
     reference = contest.entries[0].name
     both = [rounds for rounds in seen.rounds if copy_name(entry.name, 0) in rounds]
     ratios = [math.exp(_file_to_file(rounds, reference, entry.name)) for rounds in both]
-    return at_looks(ratios, len(effort.looks), margin=entry.margin)
+    return equivalence(ratios, looks=len(effort.looks), margin=entry.margin)
 
 
 def _file_to_file(rounds: Rounds, reference: str, name: str) -> float:

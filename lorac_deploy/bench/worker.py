@@ -31,6 +31,7 @@ import numpy as np
 TFLITE = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 DISTRIBUTIONS = ("onnxruntime-training-cpu", "onnxruntime", "ai-edge-litert", "tflite-runtime")
 WINDOW, STEADY = 5, 0.02  # runs that are compared with the same number before them; the share they may gain
+FEWEST = 3  # runs that warm, however long each takes
 Arrays = Mapping[str, Any]
 
 
@@ -155,13 +156,17 @@ class Bench:
 
 
 def _warmed(run: Callable[[], Any], seconds: float) -> list[float]:
-    found = _timed(run, 2 * WINDOW)
-    while sum(found) < seconds:
-        before, now = (statistics.median(part) for part in (found[-2 * WINDOW : -WINDOW], found[-WINDOW:]))
-        if now > (1 - STEADY) * before:
-            break
-        found += _timed(run, WINDOW)
+    found = _timed(run, FEWEST)
+    while sum(found) < seconds and not _steady(found):
+        found += _timed(run, 1)
     return found
+
+
+def _steady(found: list[float]) -> bool:
+    if len(found) < 2 * WINDOW:
+        return False
+    before, now = (statistics.median(part) for part in (found[-2 * WINDOW : -WINDOW], found[-WINDOW:]))
+    return now > (1 - STEADY) * before
 
 
 def _timed(run: Callable[[], Any], count: int) -> list[float]:
