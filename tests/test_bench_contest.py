@@ -13,7 +13,7 @@ import pytest
 from lorac_deploy.bench import contest as ct
 from lorac_deploy.bench.processes import WorkerError
 
-EFFORT = ct.Effort(looks=(3, 5), rounds=2, turn=0.02, warm=0.1)
+EFFORT = ct.Effort(looks=(3, 5), seconds=0.1, fewest=2, turn=0.02, warm=0.1)
 Hold = Callable[..., ct.Outcome]
 Requests = list[tuple[int, dict]]
 
@@ -124,9 +124,9 @@ def test_the_least_time_of_both_copies_decides() -> None:
 
 
 def test_samples_are_limited_and_spread(hold: Hold, log: object) -> None:
-    effort = ct.Effort(looks=(3,), rounds=80, turn=0.02, warm=0.1)
+    effort = ct.Effort(looks=(3,), seconds=4.81, turn=0.02, warm=0.1)
     found = hold("base", effort=effort).timings["base"]
-    assert found.runs == 960
+    assert found.runs == 960, "3 processes, 2 copies, 80 rounds of 2 runs and one that is not counted"
     assert ct.SAMPLES <= len(found.samples) < 2 * ct.SAMPLES
 
 

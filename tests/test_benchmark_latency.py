@@ -22,7 +22,7 @@ from lorac_deploy.bench.contest import Effort
 
 SMALL = "resnet8:16"
 EVERYWHERE = dict.fromkeys((*latency.RUNTIMES["onnx"], *latency.RUNTIMES["tflite"]), Path(sys.executable))
-SETTINGS = latency.Settings((SMALL,), (), (2,), ("float32", "fp16"), effort=Effort((3,), 1), python=EVERYWHERE)
+SETTINGS = latency.Settings((SMALL,), (), (2,), ("float32", "fp16"), effort=Effort((3,), 0.1, 1), python=EVERYWHERE)
 VARIANTS = {"base", "fused", "unmerged", "adapters as inputs", "adapter branch"}
 FAULTS = {"fault: extra node", "fault: unfolded branch"}
 

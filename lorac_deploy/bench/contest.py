@@ -44,10 +44,15 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much is measured: ``looks`` are numbers of processes after which it is judged, ``turn`` seconds of a turn."""
+    """How much is measured: ``looks`` are numbers of processes after which it is judged.
+
+    Each process warms up for ``warm`` seconds and measures for ``seconds``, in turns of ``turn`` seconds, but goes
+    through all files ``fewest`` times at least.
+    """
 
     looks: tuple[int, ...] = (4, 8, 16)
-    rounds: int = 10
+    seconds: float = 2.0
+    fewest: int = 6
     turn: float = 0.02
     warm: float = 1.0
 
@@ -67,7 +72,7 @@ class Effort:
         return cls(looks=tuple(sorted({look for look in usual if look < processes} | {processes})))
 
 
-QUICK = Effort(looks=(3,), rounds=4, turn=0.01, warm=0.3)
+QUICK = Effort(looks=(3,), seconds=0.5, fewest=4, turn=0.01, warm=0.3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +171,11 @@ def _one_process(contest: Contest, effort: Effort, seen: _Observed) -> None:
         seen.runtime = worker.ask("hello")
         order = _opened(worker, contest, seen)
         warm = worker.ask("warm", names=order, seconds=effort.warm / len(order))
-        counts = [max(1, round(effort.turn / statistics.median(warm[name][-3:]))) for name in order]
+        typical = [statistics.median(warm[name][-3:]) for name in order]
+        counts = [max(1, round(effort.turn / run)) for run in typical]
+        cost = sum((count + 1) * run for count, run in zip(counts, typical, strict=True))
         rounds: Rounds = {name: [] for name in order}
-        for index in range(effort.rounds):
+        for index in range(max(effort.fewest, int(effort.seconds / cost))):
             step = 1 if index % 2 == 0 else -1
             names = order[::step]
             for name, seconds in zip(names, worker.ask("turns", names=names, counts=counts[::step])["seconds"]):  # noqa: B905
