@@ -174,7 +174,10 @@ def to_half(source: Path, target: Path, _: Any = None) -> None:
 
 
 def to_int8(source: Path, target: Path, feeds: dict[str, npt.NDArray[Any]]) -> None:
-    """Static int8 as QuantizeLinear and DequantizeLinear, per channel, calibrated on ``feeds`` image by image."""
+    """Static int8 as QuantizeLinear and DequantizeLinear, per channel, calibrated on ``feeds`` image by image.
+
+    The converter writes biases as numbers of as many bytes as they need; they are stored raw, so that sizes compare.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]  # ships no types
@@ -187,6 +190,10 @@ def to_int8(source: Path, target: Path, feeds: dict[str, npt.NDArray[Any]]) -> N
 
     with _quiet():
         quantize_static(source, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    model = onnx.load(target)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(model, target)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import onnx
 import pytest
 
 from lorac_exporters import dropin
+from lorac_exporters.references import rounding_noise
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.manifest import Patch
 
@@ -129,6 +130,27 @@ def test_numeric_check_bounds_the_difference_by_the_largest_logit() -> None:
     assert dropin.numeric_check("n", expected, expected + 1.1e-2, 1e-4).verdict == "fail"
     assert dropin.numeric_check("n", expected, np.full((1, 2), np.nan), 1e-4).verdict == "fail"
     assert dropin.numeric_check("n", expected[:0], expected[:0], 1e-4).verdict == "fail"
+
+
+def test_what_rounding_alone_does_is_no_difference() -> None:
+    expected = np.array([[1.0, 0.0]])
+    assert dropin.numeric_check("n", expected, expected + 1e-3, 1e-4).verdict == "fail"
+    assert dropin.numeric_check("n", expected, expected + 1e-3, 1e-4, noise=2e-4).verdict == "pass"
+    assert dropin.numeric_check("n", expected, expected + 1e-2, 1e-4, noise=2e-4).verdict == "fail"
+    for useless in (np.nan, np.inf):
+        assert dropin.numeric_check("n", expected, expected + 1e-3, 1e-4, noise=useless).verdict == "fail"
+
+
+@pytest.mark.parametrize("gain", [1.0, 1000.0])
+def test_the_noise_of_rounding_is_a_last_bit_times_the_networks_gain(tmp_path: Path, gain: float) -> None:
+    text = '<ir_version: 9, opset_import: ["" : 18]> net (float[n, 5] x) => (float[n, 5] y) { y = Mul (x, gain) }'
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(gain), "gain"))
+    onnx.save(model, tmp_path / "gain.onnx")
+    images = np.random.default_rng(0).standard_normal((8, 5), dtype=np.float32)
+    bit = np.abs(images).max() * np.finfo(np.float32).eps
+    assert 0.4 * gain * bit <= rounding_noise(tmp_path / "gain.onnx", images) <= 1.5 * gain * bit
+    assert rounding_noise(tmp_path / "gain.onnx", np.zeros((8, 5), np.uint8)) == 0
 
 
 def test_a_report_that_compared_nothing_is_not_ok() -> None:

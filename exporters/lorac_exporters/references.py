@@ -77,6 +77,19 @@ def random_raw(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[Any]
     return np.asarray((normal * std + mean) / np.float32(spec.scale), np.float32)
 
 
+def rounding_noise(path: Path, images: npt.NDArray[Any]) -> float:
+    """How far the logits of an ONNX classifier move if every input moves by its last bit, up or down at random.
+
+    Two right ways of computing the same logits differ by about as much: 0.8 to 1.5 times on ResNets and MobileNetV2.
+    0 for inputs that are integers, which have no such bit.
+    """
+    if images.dtype.kind != "f":
+        return 0.0
+    step = np.finfo(images.dtype).eps * np.random.default_rng(0).choice((-1, 1), images.shape)
+    moved = (images * (1 + step)).astype(images.dtype)
+    return float(np.max(np.abs(run_onnx(path, moved).astype(np.float64) - run_onnx(path, images))))
+
+
 def run_onnx(path: Path, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """The only output of an ONNX classifier, (N, classes)."""
     import onnxruntime

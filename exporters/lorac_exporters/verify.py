@@ -19,6 +19,7 @@ from lorac_exporters.references import (
     no_adapter,
     patches_of,
     random_inputs,
+    rounding_noise,
     run_onnx,
     unfused_logits,
 )
@@ -111,4 +112,5 @@ def _against_unfused(fused: Path, folder: Path, manifest: mf.Manifest, adapter: 
         return Check(name, "not checked", no_adapter(adapter))
     images = random_inputs(manifest.input, SAMPLES, seed=seed)
     expected = unfused_logits(folder, manifest, adapted_state(folder, manifest, adapter), images)
-    return dropin.numeric_check(name, expected, run_onnx(fused, images), manifest.tolerances["logits"])
+    noise = rounding_noise(folder / mf.BASE, images)
+    return dropin.numeric_check(name, expected, run_onnx(fused, images), manifest.tolerances["logits"], noise=noise)

@@ -19,6 +19,7 @@ from lorac_exporters.references import (
     no_adapter,
     patches_of,
     random_raw,
+    rounding_noise,
     run_onnx,
     unfused_logits,
 )
@@ -104,7 +105,8 @@ def _answers_check(fused: Path, folder: Path, manifest: mf.Manifest, state: Stat
         return Check(UNFUSED_CHECK, "not checked", str(err))
     expected = unfused_logits(folder, manifest, state, inputs)
     if own is None:
-        return numeric_check(UNFUSED_CHECK, expected, got, manifest.tolerances["logits"])
+        noise = rounding_noise(folder / mf.BASE, inputs)
+        return numeric_check(UNFUSED_CHECK, expected, got, manifest.tolerances["logits"], noise=noise)
     step = output_step(read_network(folder / mf.BASE_TFLITE))
     base = (run_onnx(folder / mf.BASE, inputs), own)
     return rounded_check(UNFUSED_CHECK, (expected, got), base, manifest.tolerances["logits"], step=step)
