@@ -7,7 +7,6 @@ folder holds results of an earlier run, the page compares the two.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from benchmarks.rows import Results, Row, load, save
 
 SUITE = ("latency", "finetune", "memory", "export", "footprint")
 FILE, EARLIER = "results.json", "previous.json"
+LOG_EVERY = 10.0  # seconds between the lines of progress in a log
 
 
 def measured(name: str, *, quick: bool, python: Mapping[str, Path], say: Callable[[str], None]) -> list[Row]:
@@ -33,8 +33,18 @@ def measured(name: str, *, quick: bool, python: Mapping[str, Path], say: Callabl
     return found
 
 
-def _tell(status: Status, name: str, text: str) -> None:
-    status.update(f"{name}: {text}")
+class Progress:
+    """What is being done: in place on a terminal, elsewhere (a log) a line with the time, at most every ten seconds."""
+
+    def __init__(self, console: Console, status: Status, name: str) -> None:
+        self.console, self.status, self.name, self._last = console, status, name, -LOG_EVERY
+
+    def __call__(self, text: str) -> None:
+        self.status.update(f"{self.name}: {text}")
+        clock = time.monotonic()
+        if not self.console.is_terminal and clock - self._last >= LOG_EVERY:
+            self._last = clock
+            self.console.print(f"{time.strftime('%H:%M:%S')} {self.name}: {text}", soft_wrap=True)
 
 
 def earlier(folder: Path) -> Results | None:
@@ -63,7 +73,8 @@ def main(argv: list[str]) -> int:
     found: list[Row] = []
     for name in args.only:
         with console.status(f"{name}: beginning") as status:
-            found += measured(name, quick=args.quick, python=args.python, say=functools.partial(_tell, status, name))
+            say = Progress(console, status, name)
+            found += measured(name, quick=args.quick, python=args.python, say=say)
         seconds = time.perf_counter() - clock
         now_known = results(called("all", argv), started, seconds, args.quick, found, args.python)
         save(args.report / FILE, now_known)

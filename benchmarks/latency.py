@@ -2,7 +2,7 @@
 
 ResNet-18 and MobileNetV2 in full (two batch sizes, ONNX and TFLite, three precisions, all controls, planted faults, and
 the files of other converters, which are the same within 3 %); other networks as base and fused in float32. Older
-runtimes, onnxruntime 1.19.2 and tflite-runtime, run what is in float32, at the first batch size.
+runtimes, onnxruntime 1.19.2 and tflite-runtime, run the first two in float32, at the first batch size.
 `lorac_deploy.bench.contest` says how it is measured. Images are as large as the networks' names say. Not counted:
 loading and first runs, which have rows of their own.
 """
@@ -124,8 +124,8 @@ def case_rows(case: Case, settings: Settings, say: Say) -> list[Row]:
 
 
 def runtimes(case: Case, settings: Settings) -> tuple[str, ...]:
-    """The runtimes that a case is measured on: the newest, and the older one if the case is a plain one."""
-    plain = case.precision == "float32" and case.batch == settings.batches[0]
+    """The runtimes that a case is measured on: the newest, and the older one for one case of a network in full."""
+    plain = case.full and case.precision == "float32" and case.batch == settings.batches[0]
     return RUNTIMES[case.format] if plain else RUNTIMES[case.format][:1]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from benchmarks import all as suite
 from benchmarks.rows import Row, load
@@ -54,6 +56,18 @@ def test_rows_of_all_benchmarks_come_into_one_file_and_one_page(plant: Callable[
     assert found.quick
     assert found.command == f"python -m benchmarks all --report {tmp_path / 'report'} --only latency memory --quick"
     assert "Latency" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_log_has_lines_of_progress_but_few(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 101.0, 109.9, 110.1])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = suite.Progress(Console(stderr=True), Console(stderr=True).status(""), "latency")
+    for text in ("first", "second", "third", "fourth"):
+        progress(text)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in said] == ["latency: first", "latency: fourth"]
 
 
 def test_a_second_run_is_compared_with_the_first(plant: Callable[..., None], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from benchmarks.latency_files import Subject
 from benchmarks.networks import network, parsed
 from lorac_deploy.bench import contest
 from lorac_deploy.bench.contest import Effort
+from lorac_exporters.tflite_config import Weights
 
 SMALL = "resnet8:16"
 EVERYWHERE = dict.fromkeys((*latency.RUNTIMES["onnx"], *latency.RUNTIMES["tflite"]), Path(sys.executable))
@@ -102,9 +103,21 @@ def test_a_runtime_that_is_not_installed_is_reported_for_every_variant(
     case = latency.Case(subject, "tflite", "float32", 2, False)
     its = latency.case_rows(case, dataclasses.replace(SETTINGS, python={}), lambda _: None)
     assert {(r.runtime, r.variant, r.figure) for r in its} == {
-        (runtime, variant, None) for runtime in latency.RUNTIMES["tflite"] for variant in ("base", "fused")
+        (envs.LITERT, variant, None) for variant in ("base", "fused")
     }
     assert all("not installed" in r.note and "python -m benchmarks setup" in r.note for r in its)
+
+
+@pytest.mark.parametrize(
+    ("precision", "batch", "full", "older"),
+    [("float32", 2, True, True), ("float32", 2, False, False), ("float32", 8, True, False), ("int8", 2, True, False)],
+)
+def test_older_runtimes_run_the_plain_case_of_a_network_in_full(
+    subject: Subject, precision: Weights, batch: int, full: bool, older: bool
+) -> None:
+    for kind, (newest, old) in latency.RUNTIMES.items():
+        its = latency.runtimes(latency.Case(subject, kind, precision, batch, full), SETTINGS)
+        assert its == ((newest, old) if older else (newest,))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
