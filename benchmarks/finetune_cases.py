@@ -72,7 +72,7 @@ class Settings:
     @property
     def effort(self) -> Effort:
         """For the comparison of competitors."""
-        return Effort(1, 3, 4) if self.quick else Effort(30, 6, 16)
+        return Effort(1, 3, 4) if self.quick else Effort(20, 5, 12)
 
     @property
     def growth_effort(self) -> Effort:

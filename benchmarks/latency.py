@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import interpreters as envs
 from benchmarks.command import common_options, finish
 from benchmarks.latency_files import EXTRA_NODE, OTHERS, UNFOLDED, Subject
+from benchmarks.latency_pooled import POOLED, pooled
 from benchmarks.networks import network, parsed
 from benchmarks.rows import Row
 from lorac_deploy.bench.contest import QUICK, Contest, Effort, Entry, Outcome, hold
@@ -33,9 +34,10 @@ from lorac_exporters.tflite_config import WEIGHTS, Weights
 
 Say = Callable[[str], None]
 RUNTIMES = {"onnx": (envs.RUNTIME, envs.TRAINING), "tflite": (envs.LITERT, envs.TFLITE_RUNTIME)}  # the newest first
-FULL = ("resnet18:64", "mobilenet_v2:96")
-MORE = ("resnet34:64", "resnet50:64", "resnet101:64", "mobilenet_v3_large:96", "resnet8:32")
+FULL = ("resnet18:128:1", "resnet18:64:8", "mobilenet_v2:96")
+MORE = ("resnet34:128", "resnet50:128", "resnet101:128", "mobilenet_v3_large:160", "resnet8:32")
 MUST = {FUSED: "same", INPUTS: "different", BRANCH: "different", EXTRA_NODE: "different", UNFOLDED: "different"}
+JUDGED = ("latency", POOLED)
 OTHERS_MARGIN = 0.03  # a file of another converter is the same within 3 %: it may order its work otherwise
 NOT_IN_TFLITE = {
     UNMERGED: "a .tflite file stores one weight a layer: adapters are merged when it is written",
@@ -45,7 +47,10 @@ NOT_IN_TFLITE = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured. ``full`` networks have all variants, ``others`` base and fused in float32 at batch 1."""
+    """What is measured. ``full`` networks have all variants, ``others`` base and fused in float32 at batch 1.
+
+    They are given as NAME:PIXELS, those in full also with batch sizes of their own, NAME:PIXELS:BATCH,BATCH.
+    """
 
     full: tuple[str, ...] = FULL
     others: tuple[str, ...] = MORE
@@ -83,18 +88,36 @@ def rows(settings: Settings, say: Say) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         for text in (*settings.full, *settings.others):
             say(f"making the files of {text}")
-            subject = Subject(network(text), Path(scratch) / text.replace(":", "-"))
-            for case in cases(subject, settings, full=text in settings.full):
+            name, own = sized(text)
+            subject = Subject(network(name), Path(scratch) / text.replace(":", "-"))
+            batches = own or (settings.batches if text in settings.full else settings.batches[:1])
+            for case in cases(subject, settings, batches, full=text in settings.full):
                 found += case_rows(case, settings, say)
-    return found
+    return [*found, *pooled(found)]
 
 
-def cases(subject: Subject, settings: Settings, *, full: bool) -> Iterator[Case]:
+def sized(text: str) -> tuple[str, tuple[int, ...]]:
+    """(NAME:PIXELS, batch sizes) of NAME:PIXELS:BATCH,BATCH; no batch sizes if it gives none.
+
+    >>> sized("resnet18:64:1,8"), sized("resnet18:64")
+    (('resnet18:64', (1, 8)), ('resnet18:64', ()))
+
+    Raises ValueError for another text.
+    """
+    name = ":".join(text.split(":")[:2])
+    parsed(name)
+    batches = text[len(name) + 1 :].split(",") if text != name else []
+    if not all(batch.isdecimal() and int(batch) for batch in batches):
+        raise ValueError(f"{text}: expected NAME:PIXELS or NAME:PIXELS:BATCH,BATCH, such as resnet18:64:1,8")
+    return name, tuple(map(int, batches))
+
+
+def cases(subject: Subject, settings: Settings, batches: Sequence[int], *, full: bool) -> Iterator[Case]:
     """The cases of one network."""
     precisions: tuple[Weights, ...] = settings.precisions if full else ("float32",)
     for kind in RUNTIMES:
         for precision in precisions:
-            for batch in settings.batches if full else settings.batches[:1]:
+            for batch in batches:
                 yield Case(subject, kind, precision, batch, full)
 
 
@@ -226,7 +249,7 @@ def problems(found: Iterable[Row]) -> list[str]:
     said = []
     for row in found:
         wanted = row.details.get("must", "")
-        if row.benchmark != "latency" or row.quantity != "latency" or not wanted or row.ratio is None:
+        if row.benchmark != "latency" or row.quantity not in JUDGED or not wanted or row.ratio is None:
             continue
         wrong = row.verdict not in (wanted, "too noisy") or (wanted == "different" and row.ratio < 1)
         structure = str(row.details.get("structure", ""))
@@ -241,9 +264,9 @@ def problems(found: Iterable[Row]) -> list[str]:
 def main(argv: list[str]) -> int:
     """Measure, print, write JSON. Exit status 1 if something came out otherwise than it must."""
     p = argparse.ArgumentParser(prog="python -m benchmarks latency", description=__doc__)
-    p.add_argument("--full", nargs="*", default=FULL, metavar="NAME:PIXELS", help="in full")
+    p.add_argument("--full", nargs="*", default=FULL, metavar="NAME:PIXELS[:BATCH,...]", help="in full")
     p.add_argument("--others", nargs="*", default=MORE, metavar="NAME:PIXELS", help="the others")
-    p.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="default: 1 8")
+    p.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="of networks that name none (default: 1 8)")
     p.add_argument("--precision", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="default: all")
     p.add_argument(
         "--converters",
@@ -259,7 +282,7 @@ def main(argv: list[str]) -> int:
         p.error(f"--batch counts from 1, --threads from 1 to {os.cpu_count()}")
     try:
         for text in (*args.full, *args.others):
-            parsed(text)
+            sized(text)
     except ValueError as err:
         p.error(str(err))
     settings = Settings(
@@ -274,4 +297,4 @@ def main(argv: list[str]) -> int:
     if args.quick:
         settings = Settings.smallest(args.python)
     measure = functools.partial(rows, settings)
-    return finish("latency", argv, args, measure, problems=problems, quantities=("latency",))
+    return finish("latency", argv, args, measure, problems=problems, quantities=JUDGED)

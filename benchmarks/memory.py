@@ -3,6 +3,7 @@
 Peak memory is the largest resident one of the whole process, as the kernel counts it (VmHWM): a fresh process loads the
 artifact and steps a few times; nothing is subtracted. Memory after import is the same right after the imports. Saved
 activations are what a forward pass keeps for the backward pass: ours by the step graph, PyTorch's by its own hooks.
+Two processes run at a time, for nothing is timed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from lorac_runtime.errors import LoracDeployError
 
 BENCHMARK = "memory"
 SIZE, THREADS, STEPS = 32, 2, 3
+AT_A_TIME = 2  # processes
+_making = threading.Lock()  # a case makes files when they are first asked for
 COMPILED_BATCH = 8  # compiling takes long, and much of that peak is the compiler's
 COMPILED = sc.chosen("PyTorch compiled, lora-c")
 UNCACHED = ("ours, block", "ours, skip")  # a device trains these with a cache
@@ -72,39 +77,40 @@ def rows(settings: Settings, say: Say) -> list[Row]:
     """Measure every network, batch and competitor, each in a process of its own."""
     found: list[Row] = []
     imported: dict[tuple[str, str], Row] = {}
-    with Cases() as cases:
+    with Cases() as cases, ThreadPoolExecutor(AT_A_TIME) as pool:
         for model in settings.models:
             case = cases.of(model, SIZE)
             for batch in settings.batches:
                 say(f"memory: {model}, batch {batch}")
-                for competitor in settings.competitors(batch):
-                    found += measured(settings, case, competitor, batch, imported)
+                one = functools.partial(measured, settings, case, batch, imported)
+                found += [row for its in pool.map(one, settings.competitors(batch)) for row in its]
             found += size_rows(case, settings.competitors(COMPILED_BATCH))
     return compared([*imported.values(), *found])
 
 
 def measured(
-    settings: Settings, case: Case, competitor: Competitor, batch: int, imported: dict[tuple[str, str], Row]
-) -> Iterator[Row]:
+    settings: Settings, case: Case, batch: int, imported: dict[tuple[str, str], Row], competitor: Competitor
+) -> list[Row]:
     """Peak and saved activations of one competitor; its memory after import goes into ``imported``, once."""
     made = _row(case, competitor, "peak memory", batch)
     try:
         told, note = _asked(settings, case, competitor, batch)
     except (WorkerError, FileNotFoundError, RuntimeError, LoracDeployError) as err:
-        yield dataclasses.replace(made, note=shortened(str(err)))
-        return
+        return [dataclasses.replace(made, note=shortened(str(err)))]
     key = (competitor.environment, competitor.worker)
     imported.setdefault(key, _imported(competitor, told["imported_bytes"], note))
     details = {"imported": told["imported_bytes"], "steps": STEPS}
-    yield dataclasses.replace(made, figure=told["peak_bytes"], details=details, note=noted(competitor.note, note))
+    found = [dataclasses.replace(made, figure=told["peak_bytes"], details=details, note=noted(competitor.note, note))]
     if (saved := told.get("saved_bytes")) is not None:
         made = _row(case, competitor, "saved activations", batch)
-        yield dataclasses.replace(made, figure=saved, note=noted(competitor.note, _counted(competitor)))
+        found.append(dataclasses.replace(made, figure=saved, note=noted(competitor.note, _counted(competitor))))
+    return found
 
 
 def _asked(settings: Settings, case: Case, competitor: Competitor, batch: int) -> tuple[dict[str, Any], str]:
     """(bytes by kind, where it ran if that is not its own environment), from a fresh process."""
-    job = case.job(competitor, batch=batch, threads=THREADS, onnxsim=Path)
+    with _making:
+        job = case.job(competitor, batch=batch, threads=THREADS, onnxsim=Path)
     worker, where = fresh(competitor, settings.python, quick=settings.quick)
     with worker:
         imported = worker.ask("hello")["imported_bytes"]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from benchmarks import report_numbers as rn
 from benchmarks import report_words as rw
+from benchmarks.latency_pooled import POOLED
 from benchmarks.rows import Row
 
 State = Literal["holds", "fails", "open"]
@@ -56,7 +57,18 @@ def fused(rows: Sequence[Row]) -> Statement:
     words = [f"{counts['same']} same", f"{counts['too noisy']} too noisy", f"{counts['different']} different"]
     words += [f"{counts['']} without a verdict"] if counts[""] else []
     text = f"{_rows(len(own))} of fused against base: {', '.join(words)}." if own else "No fused file was timed."
+    text += _together(rows)
     return Statement("Fused against base", state, text, _lines(row for row in own if row.verdict == "different"))
+
+
+def _together(rows: Sequence[Row]) -> str:
+    """The mean over all rows, the last of its kind being that over all formats."""
+    own = [row for row in rows if row.quantity == POOLED and row.ratio is not None]
+    if not own:
+        return ""
+    low, high = own[-1].details["low"], own[-1].details["high"]
+    between = f"{rn.ratio(own[-1].ratio)} ({rn.ratio(low)} to {rn.ratio(high)})"
+    return f" All together: {between} times the base's latency, {own[-1].verdict}."
 
 
 def structure(rows: Sequence[Row]) -> Statement:

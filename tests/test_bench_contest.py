@@ -70,6 +70,15 @@ def test_a_noisy_file_is_measured_to_the_last_look_and_not_judged(hold: Hold, lo
     assert found.against["x1.20"].observations == 3
 
 
+def test_a_file_that_will_hardly_be_judged_is_given_up_after_the_second_look(
+    hold: Hold, log: Callable[[], Requests]
+) -> None:
+    effort = ct.Effort(looks=(3, 5, 9), seconds=0.1, fewest=2, turn=0.02, warm=0.1)
+    found = hold("base", "noisy", "x1.20", effort=effort)
+    assert found.against["noisy"].verdict == "too noisy"
+    assert (found.processes, found.against["noisy"].observations) == (5, 5)
+
+
 def test_files_are_opened_twice_in_mirrored_order_and_rotated(hold: Hold, log: Callable[[], Requests]) -> None:
     hold("base", "a", "b")
     orders = [[r["name"] for r in requests] for requests in asked(log(), "open").values()]

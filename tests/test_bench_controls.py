@@ -120,7 +120,7 @@ def test_a_planted_fault_answers_alike_and_fails_the_structural_check(
         planted, more = controls.extra_node(fused), 1
     else:
         (name,) = controls.branch_ranks(base, mf.load(folder))
-        planted, more = controls.unfolded_branch(fused, base, {name: 99}), 3
+        planted, more = controls.unfolded_branch(fused, base, {name: 1}), 3
     close(run(planted, IMAGES), answer)
     save(planted, tmp_path / "planted.onnx")
     report = compare_files(folder / mf.BASE, tmp_path / "planted.onnx")
@@ -144,6 +144,17 @@ def test_an_artifact_without_adapters_has_nothing_unmerged(folder: Path, base: i
     export(tmp_path / "full", method="full")
     with pytest.raises(ConversionError, match=r"net \(full\) has no adapters"):
         controls.unmerged(base, mf.load(tmp_path / "full"), {})
+
+
+@pytest.mark.parametrize(("groups", "rank"), [(1, 3), (2, 2), (4, 1)])
+def test_the_channels_that_a_change_needs_are_its_rank_though_it_was_rounded(groups: int, rank: int) -> None:
+    rng = np.random.default_rng(0)
+    down, up = rng.standard_normal((groups, rank, 18)), rng.standard_normal((groups, 8 // groups, rank))
+    change = (0.01 * up @ down).reshape(8, 2, 3, 3)
+    weight = rng.standard_normal(change.shape).astype(np.float32)
+    rounded = (weight + change).astype(np.float32) - weight
+    assert np.linalg.matrix_rank((rounded - change).reshape(8, -1)) == 8, "rounding has full rank"
+    assert controls.exact_rank(rounded, groups) == rank
 
 
 @settings(max_examples=25, deadline=None)

@@ -156,7 +156,7 @@ def test_memory_measures_fresh_processes_and_what_cannot_run_has_a_reason(case: 
     settings = memory.Settings(quick=True, python=HERE)
     imported: dict[tuple[str, str], Row] = {}
     for competitor in sc.chosen("ours, block + cache", "onnxruntime-training, skip"):
-        found = {row.quantity: row for row in memory.measured(settings, case, competitor, 2, imported)}
+        found = {row.quantity: row for row in memory.measured(settings, case, 2, imported, competitor)}
         if competitor.variant == "skip":
             assert found["peak memory"].figure is None
             assert "onnxruntime-training" in found["peak memory"].note

@@ -16,9 +16,11 @@ from benchmarks import interpreters as envs
 from benchmarks import latency
 from benchmarks import rows as rs
 from benchmarks.latency_files import Subject
+from benchmarks.latency_pooled import POOLED, pooled
 from benchmarks.networks import network, parsed
 from lorac_deploy.bench import contest
 from lorac_deploy.bench.contest import Effort
+from lorac_deploy.bench.equivalence import equivalence
 from lorac_exporters.tflite_config import Weights
 
 SMALL = "resnet8:16"
@@ -43,7 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[rs.Row]:
 
 
 def named(found: list[rs.Row], **wanted: str) -> list[rs.Row]:
-    return [r for r in found if all({**dataclasses.asdict(r), **r.settings}[k] == v for k, v in wanted.items())]
+    return [r for r in found if all({**dataclasses.asdict(r), **r.settings}.get(k) == v for k, v in wanted.items())]
 
 
 def test_every_variant_of_every_format_has_a_row_on_the_newest_runtime_and_plain_ones_on_all(
@@ -120,6 +122,32 @@ def test_older_runtimes_run_the_plain_case_of_a_network_in_full(
         assert its == ((newest, old) if older else (newest,))
 
 
+def test_all_fused_files_together_are_one_more_row_for_each_format(found: list[rs.Row]) -> None:
+    together = named(found, quantity=POOLED)
+    assert [r.format for r in together] == ["onnx", "tflite", "onnx and tflite"][-len(together) :]
+    own = [r.ratio for r in named(found, quantity="latency", variant="fused")]
+    test = equivalence([ratio for ratio in own if ratio])
+    assert (together[-1].ratio, together[-1].verdict) == (test.ratio, test.verdict)
+    assert (together[-1].details["low"], together[-1].details["high"]) == (test.low, test.high)
+    assert together[-1].details["structure"] == f"drop-in: all {len(own)}"
+
+
+def test_a_mean_over_files_that_are_slower_or_no_drop_in_is_a_problem() -> None:
+    slow = [fused(f"net{i}", ratio=1.02 + 0.001 * i, verdict="too noisy") for i in range(6)]
+    (row,) = pooled(slow)
+    assert row.verdict == "different"
+    assert "fused must be same and is different at 1.022" in latency.problems([row])[0]
+    (row,) = pooled([*slow[:5], fused("odd", ratio=1.02, structure="not a drop-in: operators: two more")])
+    assert "its structure says not a drop-in: odd" in latency.problems([row])[1]
+    assert pooled(slow[:3]) == [], "three rows make no mean"
+
+
+def fused(model: str, *, ratio: float, verdict: rs.Verdict = "same", structure: str = "drop-in: 11 checks") -> rs.Row:
+    details = {"structure": structure, "must": "same"}
+    place = ("latency", model, "onnx", "onnxruntime", "fused", "latency", 1.0, "s")
+    return rs.Row(*place, ratio=ratio, verdict=verdict, details=details)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_onnx_files_of_other_precisions_answer_about_alike_and_are_smaller(subject: Subject, precision: str) -> None:
     import onnxruntime
@@ -133,6 +161,23 @@ def test_onnx_files_of_other_precisions_answer_about_alike_and_are_smaller(subje
         assert np.abs(answers[1] - answers[0]).max() < (0.02 if precision == "fp16" else 0.3) * spread, name
         assert other[name].stat().st_size < plain[name].stat().st_size
     assert subject.structure("onnx", precision, other, "fused").ok  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["resnet18:64:", "resnet18:64:0", "resnet18:64:1,x", "resnet18:64:1:8", "resnet18"])
+def test_batch_sizes_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        latency.main(["--full", text])
+    assert f"{text}: expected NAME:PIXELS" in capsys.readouterr().err
+
+
+def test_a_network_in_full_has_its_own_batch_sizes_or_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(latency, "Subject", lambda net, folder: net)
+    monkeypatch.setattr(latency, "case_rows", lambda case, *_: seen.append((case.subject.size, case.batch)) or [])
+    full = ("resnet8:16:4", "resnet8:24:1,3", "resnet8:32")
+    settings = dataclasses.replace(SETTINGS, full=full, others=("resnet8:40",), batches=(2, 5), precisions=("float32",))
+    latency.rows(settings, lambda _: None)
+    assert sorted(set(seen)) == [(16, 4), (24, 1), (24, 3), (32, 2), (32, 5), (40, 2)]
 
 
 @pytest.mark.parametrize("text", ["resnet18", "resnet18:", "resnet18:4", "resnet18:x", "vgg:32", "mlp:32"])

@@ -16,6 +16,7 @@ from report_results import HOSTILE, control, every_row, fault, html, plain, resu
 from benchmarks import report, report_changes, report_environment, report_sections, report_words
 from benchmarks import report_numbers as rn
 from benchmarks.__main__ import BENCHMARKS
+from benchmarks.latency_pooled import pooled
 from benchmarks.report_render import measured, moment
 from benchmarks.report_summary import summary
 from benchmarks.report_tables import details, tables, verdict
@@ -85,6 +86,13 @@ def test_controls_that_were_not_measured_are_undecided_not_passed() -> None:
     assert [s.state for s in found.statements[2:]] == ["open", "open"]
     assert "nothing shows that this run can tell" in found.statements[2].text
     assert found.warnings == ()
+
+
+def test_the_mean_over_all_fused_files_is_told_with_its_interval() -> None:
+    rows = [row(model=f"net{i}", format=kind, ratio=1 + i / 1000) for i in range(4) for kind in ("onnx", "tflite")]
+    text = summary([*rows, *pooled(rows)]).statements[0].text
+    assert "8 rows of fused against base" in text
+    assert text.endswith("All together: 1.001 (1.000 to 1.003) times the base's latency, same."), text
 
 
 def test_a_fused_file_that_is_different_or_no_drop_in_is_named() -> None:

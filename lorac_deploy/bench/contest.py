@@ -7,7 +7,8 @@ adds to a run, it never takes from it.) Runs come in turns, again mirrored from 
 not counted. Loading and first runs are reported apart.
 
 Processes are added until every file is judged, or there are ``most``: then what is left is "too noisy". A file that is
-judged leaves. As the question is asked at each of the ``looks``, each look is stricter by that.
+judged leaves, and after the second look one of which hardly a verdict is to be expected. As the question is asked at
+each of the ``looks``, each look is stricter by that.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lorac_deploy.bench.environment import ticks, usable_cores
-from lorac_deploy.bench.equivalence import MARGIN, Equivalence, equivalence
+from lorac_deploy.bench.equivalence import MARGIN, Equivalence, equivalence, hopeless
 from lorac_deploy.bench.processes import Worker, WorkerError
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -54,7 +55,7 @@ class Effort:
     seconds: float = 2.0
     fewest: int = 6
     turn: float = 0.02
-    warm: float = 1.0
+    warm: float = 0.5
 
     @property
     def most(self) -> int:
@@ -124,6 +125,7 @@ class _Observed:
     rounds: list[Rounds] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     judged: dict[str, Equivalence] = dataclasses.field(default_factory=dict)
+    given_up: set[str] = dataclasses.field(default_factory=set)
     runtime: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -133,12 +135,15 @@ def hold(contest: Contest, effort: Effort, say: Say = lambda _: None) -> Outcome
     Raises WorkerError if the runtime cannot be started, or cannot run the reference.
     """
     seen, load, before = _Observed(), os.getloadavg()[0], ticks()
-    for look in effort.looks:
+    for index, look in enumerate(effort.looks):
         while len(seen.rounds) < look:
             say(f"process {len(seen.rounds) + 1} of at most {effort.most}")
             _one_process(contest, effort, seen)
         for entry in _open_questions(contest, seen):
-            seen.judged[entry.name] = _judgement(contest, effort, seen, entry)
+            ratios = _ratios(contest, seen, entry)
+            seen.judged[entry.name] = equivalence(ratios, looks=len(effort.looks), margin=entry.margin)
+            if index > 0 and look < effort.most:  # a first look says too little of the spread
+                _give_up(effort, seen, entry, ratios)
         if not _open_questions(contest, seen):
             break
     reference = contest.entries[0].name
@@ -161,6 +166,7 @@ def _open_questions(contest: Contest, seen: _Observed) -> list[Entry]:
         entry
         for entry in contest.entries[1:]
         if entry.name not in seen.refused
+        and entry.name not in seen.given_up
         and (entry.name not in seen.judged or seen.judged[entry.name].verdict == "too noisy")
     ]
 
@@ -223,12 +229,17 @@ def copy_name(name: str, number: int) -> str:
     return f"{name}#{number}"
 
 
-def _judgement(contest: Contest, effort: Effort, seen: _Observed, entry: Entry) -> Equivalence:
-    """How a file compares with the reference, after the processes so far in which both ran."""
+def _give_up(effort: Effort, seen: _Observed, entry: Entry, ratios: Sequence[float]) -> None:
+    """Measure a file no further if more processes would not tell either."""
+    if hopeless(ratios, effort.most, margin=entry.margin, looks=len(effort.looks)):
+        seen.given_up.add(entry.name)
+
+
+def _ratios(contest: Contest, seen: _Observed, entry: Entry) -> list[float]:
+    """A file's time as a multiple of the reference's, in each process so far in which both ran."""
     reference = contest.entries[0].name
     both = [rounds for rounds in seen.rounds if copy_name(entry.name, 0) in rounds]
-    ratios = [math.exp(_file_to_file(rounds, reference, entry.name)) for rounds in both]
-    return equivalence(ratios, looks=len(effort.looks), margin=entry.margin)
+    return [math.exp(_file_to_file(rounds, reference, entry.name)) for rounds in both]
 
 
 def _file_to_file(rounds: Rounds, reference: str, name: str) -> float:

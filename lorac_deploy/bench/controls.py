@@ -7,7 +7,7 @@ channels than a change needs:
 - ``adapters as inputs``: the same with lora_a and lora_b as inputs of the graph, so that nothing can be folded.
 - ``adapter branch``: a k x k convolution to few channels and a 1 x 1 one back, beside each adapted convolution, as PEFT
   keeps it; its factors are the singular vectors of the weight's change.
-- planted faults: one extra node in a fused file, one branch that was not folded.
+- planted faults: one extra node in a fused file, one branch that was not folded (as wide as the change needs).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lorac_runtime.manifest import Manifest
 
 Floats = npt.NDArray[np.float32]
 ADAPTER_RANK = 8  # of branches for changes that are not of low rank
+ROUNDING = 1e-4  # of a change that is the difference of two float32 weights, as a share of its largest singular value
 
 
 def unmerged(base: ir.Model, manifest: Manifest, state: Mapping[str, npt.NDArray[Any]]) -> ir.Model:
@@ -125,6 +126,16 @@ def factors(change: Floats, groups: int, rank: int) -> tuple[Floats, Floats]:
     return np.concatenate(downs).reshape(-1, *rest).astype(np.float32), many.astype(np.float32)
 
 
+def exact_rank(change: Floats, groups: int) -> int:
+    """The channels that a branch for a weight's change (c_out, c_in/groups, *kernel) needs, rounding aside.
+
+    >>> exact_rank(np.outer([1, 2, 3, 4], np.arange(18)).reshape(4, 2, 3, 3).astype(np.float32), 1)
+    1
+    """
+    parts = change.reshape(groups, change.shape[0] // groups, -1)
+    return max(1, *(int(np.linalg.matrix_rank(part, rtol=ROUNDING)) for part in parts))
+
+
 def extra_node(model: ir.Model) -> ir.Model:
     """A copy with one node too many: the largest feature map that an activation gives, to the power of almost 1.
 
@@ -144,10 +155,15 @@ def extra_node(model: ir.Model) -> ir.Model:
 
 
 def unfolded_branch(fused: ir.Model, base: ir.Model, ranks: Mapping[str, int]) -> ir.Model:
-    """``fused`` with one convolution's change, that with the largest output, left as a branch."""
+    """``fused`` with one convolution's change, that with the largest output, left as a branch.
+
+    The branch has as many channels as the change needs to be exact.
+    """
     nodes = {str(need(n.inputs[1]).name): n for n in convolutions(fused.graph)}
     name = max((n for n in ranks if n in nodes), key=lambda n: _size(nodes[n].outputs[0]))
-    return branches(fused, base, {name: ranks[name]})
+    change = need_array(fused.graph.initializers[name]) - need_array(base.graph.initializers[name])
+    groups = nodes[name].attributes.get_int("group", 1)
+    return branches(fused, base, {name: exact_rank(np.asarray(change, np.float32), groups)})
 
 
 def _activations(graph: ir.Graph) -> list[ir.Node]:
