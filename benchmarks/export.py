@@ -2,10 +2,10 @@
 
 Our canonical ONNX file, whole artifacts with either engine, and .tflite files, beside litert-torch, onnx2tf, ExecuTorch
 (.pte with XNNPACK) and onnxsim. Every conversion is a fresh process; rounds go through all of them in an order that
-varies, but onnx2tf, which takes minutes, runs once. What is counted begins with the network in memory (onnx2tf and
-onnxsim: with an ONNX file) and ends with the file on disk; imports before it are not counted, those that a converter
-puts off are. Memory is the peak of the whole process. Answers are compared on one random image with those of our
-canonical ONNX file, and these with PyTorch's. Fusing is what `benchmarks.fusing` measures.
+varies, but onnx2tf, which takes minutes, runs once and for the first network alone. What is counted begins with the
+network in memory (onnx2tf and onnxsim: with an ONNX file) and ends with the file on disk; imports before it are not
+counted, those that a converter puts off are. Memory is the peak of the whole process. Answers are compared on one
+random image with those of our canonical ONNX file, and these with PyTorch's. Fusing: see `benchmarks.fusing`.
 """
 
 from __future__ import annotations
@@ -48,25 +48,26 @@ class Settings:
 
 def rows(settings: Settings, say: Say) -> list[Row]:
     """All rows of all models."""
-    return [row for text in settings.models for row in model_rows(text, settings, say)]
+    found = [model_rows(text, settings, say, first=index == 0) for index, text in enumerate(settings.models)]
+    return [row for rows_of_model in found for row in rows_of_model]
 
 
-def model_rows(text: str, settings: Settings, say: Say) -> list[Row]:
-    """All rows of one network, given as NAME:PIXELS."""
+def model_rows(text: str, settings: Settings, say: Say, *, first: bool = True) -> list[Row]:
+    """All rows of one network, given as NAME:PIXELS; ``first``: slow converters run too."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, net = Path(scratch), network(text)
         say(f"{text}: writing the network")
         write_sources(net, folder)
-        made = conversions(folder, settings, say)
+        made = conversions(folder, settings, say, first=first)
         answers = compared(net, folder, made, settings.python)
         found = [row for c in CONVERSIONS for row in conversion_rows(c, net, folder, made, answers[c.name])]
         say(f"{text}: fusing")
         return found + fusing_rows(net, ARTIFACT["onnxruntime"].target(folder), folder, settings.fusings)
 
 
-def conversions(folder: Path, settings: Settings, say: Say) -> dict[str, Made]:
+def conversions(folder: Path, settings: Settings, say: Say, *, first: bool = True) -> dict[str, Made]:
     """Convert, round by round. Our canonical file comes first: another one starts from it."""
-    made = {c.name: Made(reason=absent(c, settings)) for c in CONVERSIONS}
+    made = {c.name: Made(reason=absent(c, settings, first=first)) for c in CONVERSIONS}
     by_name = {c.name: c for c in CONVERSIONS}
     rest = [name for name in by_name if name != CANONICAL.name]
     for index, order in enumerate(orders(rest, settings.rounds)):
@@ -78,8 +79,10 @@ def conversions(folder: Path, settings: Settings, say: Say) -> dict[str, Made]:
     return made
 
 
-def absent(conversion: Conversion, settings: Settings) -> str:
+def absent(conversion: Conversion, settings: Settings, *, first: bool = True) -> str:
     """Why a conversion does not run; empty if it does."""
+    if conversion.once and not first:
+        return f"left out: takes minutes, so it runs for the first network, {settings.models[0]}"
     if settings.quick and not conversion.seconds:
         return "left out: --quick makes what takes seconds"
     try:

@@ -37,7 +37,7 @@ UNITS = {"installed": "bytes", "wheel": "bytes", "import": "s", "resident after 
 class Settings:
     """``rounds`` are the counted ones; ``python`` holds other interpreters of environments, by name."""
 
-    rounds: int = 10
+    rounds: int = 5
     quick: bool = False
     python: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 

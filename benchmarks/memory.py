@@ -32,7 +32,7 @@ BENCHMARK = "memory"
 SIZE, THREADS, STEPS = 32, 2, 3
 AT_A_TIME = 2  # processes
 _making = threading.Lock()  # a case makes files when they are first asked for
-COMPILED_BATCH = 8  # compiling takes long, and much of that peak is the compiler's
+COMPILED_MODELS, COMPILED_BATCH = ("resnet20", "resnet18"), 8  # compiling takes long; much of that peak is its own
 COMPILED = sc.chosen("PyTorch compiled, lora-c")
 UNCACHED = ("ours, block", "ours, skip")  # a device trains these with a cache
 EVERY = (
@@ -65,12 +65,12 @@ class Settings:
         """Batch sizes."""
         return (1, 8) if self.quick else (1, 8, 32, 64)
 
-    def competitors(self, batch: int) -> tuple[Competitor, ...]:
-        """Who trains with batches of this size."""
+    def competitors(self, model: str, batch: int) -> tuple[Competitor, ...]:
+        """Who trains a network with batches of this size."""
         if self.quick:
             return tuple(c for c in sc.QUICK if c.label != sc.FLOOR)
         every = EVERY if batch in FULL_BATCHES else FEWER
-        return (*every, *(COMPILED if batch == COMPILED_BATCH else ()))
+        return (*every, *(COMPILED if model in COMPILED_MODELS and batch == COMPILED_BATCH else ()))
 
 
 def rows(settings: Settings, say: Say) -> list[Row]:
@@ -83,8 +83,8 @@ def rows(settings: Settings, say: Say) -> list[Row]:
             for batch in settings.batches:
                 say(f"memory: {model}, batch {batch}")
                 one = functools.partial(measured, settings, case, batch, imported)
-                found += [row for its in pool.map(one, settings.competitors(batch)) for row in its]
-            found += size_rows(case, settings.competitors(COMPILED_BATCH))
+                found += [row for its in pool.map(one, settings.competitors(model, batch)) for row in its]
+            found += size_rows(case, settings.competitors(model, COMPILED_BATCH))
     return compared([*imported.values(), *found])
 
 

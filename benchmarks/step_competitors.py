@@ -166,10 +166,7 @@ FORMS = chosen(
     "onnxsim, lora-c, optimized session",
 )
 EVERY = (*chosen(FLOOR), *of("ours,", "onnxruntime-training,", "PyTorch,", "PyTorch compiled,"))
-FEWER_COMPILED = (  # each takes many seconds to compile
-    *chosen(FLOOR),
-    *of("ours,", "onnxruntime-training,", "PyTorch,"),
-    *chosen("PyTorch compiled, lora-c", "PyTorch compiled, full"),
-)
+EAGER = (*chosen(FLOOR), *of("ours,", "onnxruntime-training,", "PyTorch,"))
+FEWER_COMPILED = (*EAGER, *chosen("PyTorch compiled, lora-c", "PyTorch compiled, full"))  # seconds to compile each
 QUICK = chosen(FLOOR, REFERENCE, "ours, block + cache", "onnxruntime-training, lora-c", "PyTorch, lora-c")
 PROJECT_STANDS_IN = (TRAINING, PYTORCH)  # for these: it has the same packages, if more of them

@@ -166,6 +166,26 @@ def test_quick_leaves_out_what_is_slow_and_says_so(monkeypatch: pytest.MonkeyPat
     assert "no wheel" in export.absent(ec.CONVERSIONS[-2], export.Settings())
 
 
+def test_slow_converters_run_for_the_first_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def convert(_python: Path, _module: str, name: str, _source: Path, _target: Path) -> dict[str, Any]:
+        done.append(name)
+        return SAID
+
+    slow, some = ec.CONVERSIONS[-3], (ec.CANONICAL, ec.CONVERSIONS[-3], ec.CONVERSIONS[-1])
+    for name in ("network", "write_sources", "conversion_rows", "fusing_rows"):
+        monkeypatch.setattr(export, name, lambda *_: [])
+    monkeypatch.setattr(export, "compared", lambda *_: dict.fromkeys([c.name for c in some], 0.0))
+    monkeypatch.setattr(export, "CONVERSIONS", some)
+    monkeypatch.setattr(export, "converted", convert)
+    monkeypatch.setattr(envs, "lacking", lambda name: "")
+    export.rows(export.Settings(rounds=1), lambda _: None)
+    assert sorted(done) == sorted([ec.CANONICAL.name, envs.ONNXSIM] * 2 + [envs.ONNX2TF])
+    reason = export.absent(slow, export.Settings(), first=False)
+    assert reason == "left out: takes minutes, so it runs for the first network, resnet18:128"
+
+
 def all_rows(net: Network, folder: Path, made: dict[str, ec.Made]) -> list[Row]:
     return [row for c in ec.CONVERSIONS for row in conversion_rows(c, net, folder, made, 1e-6)]
 
