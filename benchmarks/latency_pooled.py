@@ -9,7 +9,6 @@ from lorac_deploy.bench.equivalence import equivalence
 from lorac_deploy.bench.pairs import BASE, FUSED
 
 POOLED = "latency of all rows"
-EVERY = "all networks"
 FEWEST = 4  # rows that make a mean
 
 
@@ -32,5 +31,5 @@ def _mean(kind: str, rows: Sequence[Row]) -> Row:
         "must": "same",
         "structure": f"not a drop-in: {', '.join(wrong)}" if wrong else f"drop-in: all {len(rows)}",
     }
-    place = ("latency", EVERY, kind, "all runtimes", FUSED, POOLED, test.ratio, "times the base's")
+    place = ("latency", "", kind, "", FUSED, POOLED, test.ratio, "times the base's")
     return Row(*place, ratio=test.ratio, reference=BASE, verdict=test.verdict, details=details)

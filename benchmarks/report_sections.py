@@ -24,9 +24,10 @@ TEXTS = {
         "folded into its weights. Before anything is timed, the drop-in check compares the structure of the two. Files "
         "then take turns in fresh processes, and ratios are made of the least times of each process, so they need not "
         "be those of the medians. “Same” means that the whole confidence interval of the ratio lies within the margin, "
-        "1 % unless a row's details say otherwise; “different” that it excludes 1 and the ratio is beyond the margin; "
-        "all else is “too noisy”. Files that do more work (adapters as inputs, an adapter branch) and files with a "
-        "planted fault are measured beside them: if those do not stand out, nothing here can be believed. "
+        "1 % unless a row's details say otherwise; “different” that the ratio is beyond the margin and a wider "
+        "interval, of 99 %, excludes 1; all else is “too noisy”. Files that do more work (adapters as inputs, an "
+        "adapter branch) and files with a planted fault are measured beside them: if those do not stand out, nothing "
+        "here can be believed. "
         "Loading and the first run are apart."
     ),
     "finetune": (

@@ -117,6 +117,12 @@ def test_times_are_those_that_were_measured(hold: Hold, log: object) -> None:
     assert len(found.samples) == found.runs
 
 
+def test_times_of_files_that_went_further_are_those_of_the_same_processes(hold: Hold, log: object) -> None:
+    found = hold("base", "noisy", "x1.20")
+    assert found.processes == 5
+    assert {timing.runs for timing in found.timings.values()} == {3 * 2 * 2 * 2}
+
+
 def test_a_wider_margin_makes_a_small_difference_the_same(hold: Hold, log: object) -> None:
     assert hold("base", "x1.02", margin=0.03).against["x1.02"].verdict == "same"
 

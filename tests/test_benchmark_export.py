@@ -183,7 +183,7 @@ def test_slow_converters_run_for_the_first_network(monkeypatch: pytest.MonkeyPat
     export.rows(export.Settings(rounds=1), lambda _: None)
     assert sorted(done) == sorted([ec.CANONICAL.name, envs.ONNXSIM] * 2 + [envs.ONNX2TF])
     reason = export.absent(slow, export.Settings(), first=False)
-    assert reason == "left out: takes minutes, so it runs for the first network, resnet18:128"
+    assert reason == "left out: takes minutes, so it runs for the first network, mobilenet_v2:128"
 
 
 def all_rows(net: Network, folder: Path, made: dict[str, ec.Made]) -> list[Row]:

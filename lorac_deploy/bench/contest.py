@@ -88,7 +88,10 @@ class Contest:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one file over all processes; ``load`` and ``first`` are medians over processes."""
+    """Seconds of one file over the processes up to the first look, in which all files ran: only those compare.
+
+    ``load`` and ``first`` are medians over all processes.
+    """
 
     minimum: float
     median: float
@@ -149,7 +152,7 @@ def hold(contest: Contest, effort: Effort, say: Say = lambda _: None) -> Outcome
     reference = contest.entries[0].name
     stolen, passed = (now - then for now, then in zip(ticks(), before, strict=True))
     return Outcome(
-        timings={name: _timing(seen, name) for name in (reference, *seen.judged)},
+        timings={name: _timing(seen, name, effort.looks[0]) for name in (reference, *seen.judged)},
         against=seen.judged,
         control=equivalence([math.exp(_copy(rounds, reference)) for rounds in seen.rounds]),
         refused=seen.refused,
@@ -259,9 +262,9 @@ def _level(turns: Sequence[Sequence[float]]) -> float:
     return math.log(min(second for turn in turns for second in turn))
 
 
-def _timing(seen: _Observed, name: str) -> Timing:
+def _timing(seen: _Observed, name: str, processes: int) -> Timing:
     copies = [copy_name(name, number) for number in range(COPIES)]
-    single = [s for rounds in seen.rounds for copy in copies for turn in rounds.get(copy, ()) for s in turn]
+    single = [s for rounds in seen.rounds[:processes] for copy in copies for turn in rounds.get(copy, ()) for s in turn]
     ordered = sorted(single)
     opened = seen.opened[name]
     return Timing(
