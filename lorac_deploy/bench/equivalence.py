@@ -2,7 +2,7 @@
 
 Two one-sided t tests (Schuirmann 1987) on the logarithms of the observations' ratios: "same" needs the whole confidence
 interval of the mean ratio within the margin. The mean is a trimmed one (Tukey and McLaughlin 1963): now and then an
-observation is spoilt by some per cent, so the largest and the smallest fifth count no more than the next one.
+observation is spoilt by some per cent, so the largest and the smallest fifth are left out.
 "different" needs the mean beyond the margin, and a wider interval that leaves out 1: a suite asks of so many files that
 one in ten must not be called slower by chance. Everything else is "too noisy". A percentile bootstrap of the mean
 stands beside it; it decides nothing.
