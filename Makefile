@@ -26,7 +26,7 @@ define environment
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env tflite-env demo test test-realdata test-runtime test-engines check format docs clean
+.PHONY: help dev device-env tflite-env demo test test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,16 @@ test: $(DEV) $(TFLITE)  ## run all tests but the long studies on real data
 
 test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data)
 	.venv/bin/python -m pytest -m realdata
+
+test-kills: $(DEV)  ## kill a process that adapts a model at every operation on files and at random; 1,000 cycles
+	LORAC_KILLS=100 LORAC_KILL_STEP=1 LORAC_CYCLES=1000 .venv/bin/python -m pytest -n 2 -rP tests/test_kills.py tests/test_cycles.py
+
+fuzz: $(DEV)  ## feed the runtime damaged and hostile files, guided by coverage, for half an hour (FUZZ_SECONDS each)
+	.venv/bin/python -m pip install --quiet "atheris>=2.3,<4"
+	.venv/bin/python tests/fuzz.py all $(or $(FUZZ_SECONDS),420)
+
+test-arm: $(DEV)  ## the runtime on 64-bit Arm, emulated: two steps and its own tests; needs Debian and user name spaces
+	.venv/bin/python tests/arm/run.py .envs/arm --tests --log docs/results/arm.json
 
 test-runtime:  ## test the runtime alone on every Python it supports that this machine has
 	@.ci/test-runtime $(RUNTIME_PYTHONS)

@@ -12,7 +12,8 @@ INTRODUCTION = """\
 
 Written by `make docs` from the commands' own parsers. Exit status: 0 done, 1 failed (one message on stderr),
 2 wrong command line. `verify` exits with 1 if the file is not a drop-in, `certify` if two formats answer differently,
-`bench` if a fused file is not as fast as its base, and with 3 if the machine is too noisy to tell.
+`bench` if a fused file is not as fast as its base, and with 3 if the machine is too noisy to tell. `lorac-finetune` has
+some more ([device.md](device.md)).
 """
 
 
@@ -20,9 +21,12 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Every command line of the project, by what a user types."""
     from lorac_deploy.cli import COMMANDS
     from lorac_runtime.cli import parser as finetune
+    from lorac_runtime.cli_state import STATE_COMMANDS, state_parser
     from lorac_runtime.domains_cli import parsers as domains
 
     found = {"python runtime/ort_finetune.py (or lorac-finetune)": finetune()}
+    for action in STATE_COMMANDS:
+        found[f"python runtime/ort_finetune.py {action} (or lorac-finetune {action})"] = state_parser(action)
     for action, its in domains().items():
         found[f"python runtime/ort_domains.py STORE {action} (or lorac-domains STORE {action})"] = its
     for name, command in COMMANDS.items():

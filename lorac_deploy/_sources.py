@@ -21,8 +21,9 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageOps
 
-from lorac_runtime.data import read_npz, stratified_split
+from lorac_runtime.data import stratified_split
 from lorac_runtime.errors import DataError, listed
+from lorac_runtime.npz import read_npz
 from lorac_runtime.signals import as_signals
 
 Split = Literal["train", "test"]

@@ -26,6 +26,8 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "lorac_deploy.commands.export", "write an artifact's network as a TFLite or ONNX file, an adapter fused into it"
     ),
+    "bundle": Command("lorac_deploy.commands.bundle", "pack the runtime and an artifact into one file for a device"),
+    "sign": Command("lorac_deploy.commands.sign", "sign an artifact, for devices that take no others"),
     "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),
     "advise": Command("lorac_deploy.commands.advise", "choose method and block for the drift in local data"),
     "study": Command("lorac_deploy.commands.study", "compare methods over drifts, sizes and seeds"),

@@ -20,7 +20,7 @@ from lorac_exporters.heads import find_head
 from lorac_exporters.onnx_file import read_graph
 from lorac_exporters.shapes import fix_image_size
 from lorac_exporters.torch_graph import export_graph
-from lorac_runtime.data import load_data
+from lorac_runtime.data import LocalData, load_data
 from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import InputSpec
 from lorac_runtime.manifest_checks import input_problems
@@ -56,6 +56,7 @@ def export_training_artifact(
     adapter: Path | None = None,
     input_uint8: bool = False,
     calibration: Path | None = None,
+    anchors: Path | None = None,
     on_progress: Callable[[str], None] = log.info,
 ) -> ExportReport:
     """Write a training artifact into the folder ``out``.
@@ -63,7 +64,8 @@ def export_training_artifact(
     ``source`` is a checkpoint folder (`lorac-deploy train`) or an `OnnxSource`. ``adapter`` starts the device
     from an adapter trained in PyTorch. ``input_uint8`` puts normalisation into the graph, which then takes raw
     uint8 images, (N, H, W, C). ``calibration``: images (an ``.npz`` file or class folders) or signals (``.npz``) from
-    which an int8 base.tflite takes its ranges.
+    which an int8 base.tflite takes its ranges. ``anchors``: a few with labels, packed into the artifact; a device that
+    keeps a model only if it is better (`lorac_runtime.adapting`) sees to it that what it learns does not cost these.
 
     Raises ConversionError, CheckpointError, AdapterError, DataError, OutputError; see `lorac_runtime.errors`.
     ValueError if ``calibration`` and ``config.tflite`` do not go together.
@@ -88,6 +90,7 @@ def export_training_artifact(
         config=config,
         adapter=adapter,
         calibration=images,
+        anchors=None if anchors is None else _samples(anchors, given, require_classes=1),
         on_progress=on_progress,
     )
 
@@ -105,7 +108,11 @@ class _Given:
 
 def _images(path: Path, given: _Given) -> npt.NDArray[Any]:
     """The images (or signals) of local data, as `LocalData` has them; their labels do not matter here."""
-    return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=0).images
+    return _samples(path, given, require_classes=0).images
+
+
+def _samples(path: Path, given: _Given, *, require_classes: int) -> LocalData:
+    return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=require_classes)
 
 
 def _from_checkpoint(folder: Path) -> _Given:

@@ -20,7 +20,7 @@ def run_isolated(
     packages.mkdir(exist_ok=True)
     for name in ("numpy", "numpy.libs", "safetensors", *names):
         source = Path(sysconfig.get_path("purelib")) / name
-        if source.exists():
+        if source.exists() and not (packages / name).exists():
             (packages / name).symlink_to(source)
     return subprocess.run(
         [sys.executable, "-S", *map(str, arguments)],

@@ -16,6 +16,7 @@ from tiny_network import Recipe
 
 from lorac_runtime import cli
 from lorac_runtime.config import FinetuneConfig
+from lorac_runtime.gate import GateConfig
 from lorac_runtime.training import Progress
 
 
@@ -122,7 +123,9 @@ def test_a_file_gets_a_line_per_epoch_and_quiet_none() -> None:
 def test_the_options_are_the_fields_of_the_config() -> None:
     actions = {a.dest: a for a in cli.parser()._actions}
     fields = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
-    assert set(actions) - set(fields) == {"help", "artifact", "data", "out", "adapter", "json", "quiet"}
+    gate = {f.name for f in dataclasses.fields(GateConfig)}
+    others = {"help", "artifact", "data", "out", "adapter", "json", "quiet", "events", "nice"}
+    assert set(actions) - set(fields) - gate == others | {"keep_if_better", "generations"}
     assert all(actions[name].default == field.default for name, field in fields.items())
     assert all(action.help and action.help is not argparse.SUPPRESS for action in actions.values())
     cli.parser().format_help()  # every % in a help text is a valid one

@@ -72,7 +72,7 @@ def test_ctrl_c_says_how_to_go_on(tiny: Tiny, data: Path, tmp_path: Path, root: 
         started.send_signal(signal.SIGINT)
         status, _, stderr = finished(started)
     assert status == 130
-    assert stderr.splitlines()[-1] == "interrupted; the same command goes on after the last whole epoch"
+    assert stderr.splitlines()[-1] == "interrupted; the same command goes on after the last checkpoint"
     assert "Traceback" not in stderr
 
 
@@ -84,7 +84,7 @@ def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_was_kept(
 
     monkeypatch.setattr(cli.Display, "progress", interrupted)
     status, _, stderr = run()
-    assert (status, stderr.splitlines()[-1]) == (130, "interrupted; no epoch was finished, nothing was kept")
+    assert (status, stderr.splitlines()[-1]) == (130, "interrupted; no checkpoint was written, nothing was kept")
 
 
 LIMIT_FILE_SIZE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))"

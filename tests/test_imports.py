@@ -19,7 +19,7 @@ PACKAGES = {
 }
 ROOMS = tuple(PACKAGES)  # each may import itself and those before it
 RUNTIME_NEEDS = {"numpy", "safetensors"}
-RUNTIME_LAZY = {"PIL", "onnxruntime"}  # only inside of functions
+RUNTIME_LAZY = {"PIL", "cryptography", "onnxruntime"}  # only inside of functions
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorflow", "h5py", "sympy")
 HEAVY += ("tflite", "flatbuffers", "ai_edge_litert", "tflite_runtime")
 TORCH_MODULE = "lorac_exporters.torch_graph"
@@ -116,7 +116,7 @@ def _misplaced_tflite(i: Import) -> str | None:
 def _imports_an_edge(i: Import) -> str | None:
     if i.top == "benchmarks" and not i.importer.startswith("benchmarks"):
         return "nothing imports benchmarks"
-    if i.top in ROOMS and i.target.endswith(".cli") and not i.importer.endswith("__main__"):
+    if i.top in ROOMS and i.target.endswith(".cli") and not i.importer.endswith(("__main__", ".bundled")):
         return "nothing imports a command line"
     return None
 

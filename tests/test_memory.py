@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from networks import SPEC, trained
 from shared_export import export_graph
 
@@ -124,10 +125,19 @@ def test_a_size_that_the_graph_does_not_tell_is_an_error_naming_it() -> None:
         byte_size(ir.Value(name="untyped", shape=ir.Shape([3])), 2)
 
 
+def pooled() -> torch.nn.Module:
+    """A network with every way to find the largest cells again: overlapping, padded, small and large windows."""
+    pools = [torch.nn.MaxPool2d(2), torch.nn.MaxPool2d(3, 2, 1), torch.nn.MaxPool2d(2, padding=1)]
+    layers = [layer for pool in pools for layer in (torch.nn.Conv2d(3, 3, 3, padding=1), pool)]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.LazyLinear(10)).eval()
+
+
 @functools.cache
 def network(name: str) -> Graphs:
+    net = pooled() if name == "pooled" else trained(name, cifar_stem=name == "resnet18")
+    net(torch.zeros(1, *SPEC.shape))  # lazy layers learn their size
     return build_graphs(
-        export_graph(trained(name, cifar_stem=name == "resnet18"), SPEC.shape),
+        export_graph(net, SPEC.shape),
         spec=SPEC,
         classes=10,
         new_head=False,
@@ -207,8 +217,9 @@ def test_micro_batches_need_less_and_carry_gradients_besides() -> None:
     assert parts.total < whole.total
 
 
-def test_saved_values_have_the_sizes_that_onnxruntime_gives_them() -> None:
-    model = gradient_step(*chosen("resnet18", "last stage"), CONFIG)
+@pytest.mark.parametrize(("name", "choice"), [("resnet18", "last stage"), ("pooled", "full")])
+def test_saved_values_have_the_sizes_that_onnxruntime_gives_them(name: str, choice: str) -> None:
+    model = gradient_step(*chosen(name, choice), CONFIG)
     taken = sum(byte_size(v, BATCH) for v in model.graph.inputs if str(v.name).startswith("features."))
     computed = saved_activations(model, BATCH) - taken
     found = buffers(model.graph, BATCH)

@@ -23,7 +23,7 @@ from lorac_runtime.cache_file import CacheFile, space
 from lorac_runtime.cli import main
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines.prefix import Prefix
-from lorac_runtime.errors import CacheError, DataError, OutputError
+from lorac_runtime.errors import BusyError, CacheError, DataError, OutputError
 from lorac_runtime.manifest import load
 from lorac_runtime.report import FinetuneReport, read_report
 from lorac_runtime.session import finetune
@@ -154,7 +154,7 @@ def test_a_killed_process_leaves_a_cache_that_serves(artifacts: dict[str, Path],
         assert process.stdout is not None
         for _ in range(6):
             process.stdout.readline()
-        with pytest.raises(CacheError, match="is used by another run"):
+        with pytest.raises(BusyError, match="in use by another process"):
             run(artifacts["head"], data, tmp_path / "out", restart=True)
         process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10

@@ -121,7 +121,7 @@ def test_divergence_after_a_good_epoch_leaves_its_checkpoint_whole(data: Path, t
         patch.setattr(session, "train_epoch", spoiled)
         with pytest.raises(DivergenceError, match="the loss became nan in step 7 of 18"):
             finetune(artifact.folder, data, out, FinetuneConfig(epochs=3))
-    kept = load_file(out / "checkpoint" / "epoch-1" / FILE_NAME)
+    kept = load_file(out / "checkpoint" / "step-6" / FILE_NAME)
     assert all(np.all(np.isfinite(v)) for v in kept.values())
     assert kept["step"] == 6
     assert len(finetune(artifact.folder, data, out, FinetuneConfig(epochs=3)).losses) == 18

@@ -118,7 +118,7 @@ def test_threads_may_differ_when_a_run_resumes(tiny: Tiny, data: Path, out: Path
 def test_a_damaged_checkpoint_is_refused_and_restart_helps(tiny: Tiny, data: Path, out: Path, damage: str) -> None:
     config = FinetuneConfig(epochs=3)
     stopped(tiny, data, out, config)
-    path = out / "checkpoint" / ("resume.json" if "json" in damage else "epoch-1/training_state.safetensors")
+    path = out / "checkpoint/step-6" / ("resume.json" if "json" in damage else "training_state.safetensors")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     replacement = {"state altered": bytes(content), "resume.json foreign": b"[1]"}

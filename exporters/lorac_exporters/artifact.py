@@ -27,6 +27,7 @@ from lorac_exporters.branches import form_of
 from lorac_exporters.engine_files import chosen
 from lorac_exporters.graphs import Graphs, build_graphs
 from lorac_exporters.inject import count_parameters, starting_values
+from lorac_exporters.memory_needs import memory_needs
 from lorac_exporters.methods.paca import partial_metadata
 from lorac_exporters.patch_table import patch_table
 from lorac_exporters.prefix import read_features
@@ -35,6 +36,7 @@ from lorac_exporters.tflite.export import TfliteReport
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter, to_manifest_coordinates
+from lorac_runtime.data import LocalData
 from lorac_runtime.delta import resolve_rank_mode
 from lorac_runtime.errors import AdapterError
 from lorac_runtime.expected import fixed_tensors
@@ -73,6 +75,7 @@ def write_artifact(
     new_head: bool = False,
     adapter: Path | None = None,
     calibration: npt.NDArray[Any] | None = None,
+    anchors: LocalData | None = None,
     on_progress: Progress = log.info,
 ) -> ExportReport:
     """Write the artifact of an inference graph into the folder ``out``.
@@ -80,7 +83,7 @@ def write_artifact(
     ``model`` is a raw graph (`torch_graph.export_graph` or `onnx_file.read_graph`). ``new_head`` gives it a fresh
     classifier for ``class_names``; otherwise its own must have as many outputs. ``adapter`` starts the device from an
     adapter trained elsewhere. ``calibration``: raw images (N, H, W, C) or signals (N, ...), from which an
-    int8 base.tflite takes its ranges.
+    int8 base.tflite takes its ranges. ``anchors`` are samples with labels that no adaptation on a device may forget.
 
     Raises ConversionError for a model that cannot be trained (every obstacle named), or not be written to TFLite as
     asked, AdapterError for an adapter of another model, OutputError if the folder cannot be written or holds something
@@ -100,7 +103,14 @@ def write_artifact(
     parameters = count_parameters(graphs.original)
     naming = Naming(name, class_names, parameters)
     return write_graphs(
-        graphs, out, naming=naming, config=config, adapter=adapter, calibration=calibration, on_progress=on_progress
+        graphs,
+        out,
+        naming=naming,
+        config=config,
+        adapter=adapter,
+        calibration=calibration,
+        anchors=anchors,
+        on_progress=on_progress,
     )
 
 
@@ -121,6 +131,7 @@ def write_graphs(
     config: ArtifactConfig,
     adapter: Path | None = None,
     calibration: npt.NDArray[Any] | None = None,
+    anchors: LocalData | None = None,
     on_progress: Progress = log.info,
 ) -> ExportReport:
     """Write the artifact of planned graphs; `write_artifact` makes them from a raw one. Raises what that raises."""
@@ -134,6 +145,9 @@ def write_graphs(
         lite = write_base(
             config.tflite, graphs, folder, name=naming.model, class_names=naming.class_names, images=calibration
         )
+        if anchors is not None:
+            arrays: dict[str, Any] = {graphs.spec.key: anchors.images, "labels": anchors.known_labels()}
+            np.savez_compressed(folder / mf.ANCHORS, **arrays)
         manifest = _manifest(folder, graphs, lite, naming, config)
         entries = _write_training(folder, graphs, engines, manifest, config, adapter, on_progress)
         manifest = _finished(folder, manifest, entries)
@@ -200,7 +214,8 @@ def _finished(folder: Path, manifest: mf.Manifest, engines: dict[str, mf.EngineE
     extra = tuple(n for n in (STATISTICS,) if (folder / n).exists())
     engines = {name: dataclasses.replace(entry, files=(*entry.files, *extra)) for name, entry in engines.items()}
     entries = {path.name: mf.FileEntry(mf.sha256(path), path.stat().st_size) for path in sorted(folder.iterdir())}
-    return dataclasses.replace(manifest, files=entries, engines=engines, features=read_features(folder))
+    finished = dataclasses.replace(manifest, files=entries, engines=engines, features=read_features(folder))
+    return dataclasses.replace(finished, memory=memory_needs(folder, finished))
 
 
 def _write_batchnorm(folder: Path, graphs: Graphs) -> dict[str, npt.NDArray[np.generic]]:

@@ -15,7 +15,7 @@ from lorac_exporters.gradients.tape import Dim, dims
 from lorac_exporters.graph_tools import describe, name_of, need
 
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
-_SAME_COUNT = _VIEWS | {"Transpose"}
+_SAME_COUNT = _VIEWS | {"Transpose", "ScatterElements"}
 _IN_PLACE = frozenset(
     {"Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "Add", "Sub", "Mul", "Div", "Sqrt", "Exp", "Neg", "Cast"}
 )
@@ -32,15 +32,32 @@ def byte_size(value: ir.Value, batch: int) -> int:
 
 
 def _count(value: ir.Value, batch: int) -> int:
-    """Elements; what only moves them has as many as its input."""
+    """Elements; what only moves or replaces some has as many as its first input."""
     found = None if value.shape is None else [_size(d, batch) for d in dims(value)]
     if found is not None and all(isinstance(d, int) for d in found):
         return math.prod(d for d in found if d is not None)
     node = value.producer()
-    if node is None or node.op_type not in _SAME_COUNT:
-        where = "an input" if node is None else describe(node)
-        raise ValueError(f"the size of {name_of(value)!r} ({where}) is not known; its shape is {value.shape}")
-    return _count(need(node.inputs[0]), batch)
+    if node is not None and node.op_type in _SAME_COUNT:
+        return _count(need(node.inputs[0]), batch)
+    if node is not None and node.op_type == "ConstantOfShape":
+        return _product(need(node.inputs[0]), batch)
+    if node is not None and node.op_type == "Range":
+        start, limit, delta = (_product(need(v), batch) for v in node.inputs)
+        return max(0, math.ceil((limit - start) / delta))
+    where = "an input" if node is None else describe(node)
+    raise ValueError(f"the size of {name_of(value)!r} ({where}) is not known; its shape is {value.shape}")
+
+
+def _product(sizes: ir.Value, batch: int) -> int:
+    """Of the numbers in a tensor of sizes; a single one itself."""
+    if sizes.const_value is not None:
+        return math.prod(int(n) for n in sizes.const_value.numpy().ravel())
+    node = sizes.producer()
+    if node is not None and node.op_type == "Size":
+        return _count(need(node.inputs[0]), batch)
+    if node is not None and node.op_type in _VIEWS:
+        return _product(need(node.inputs[0]), batch)
+    raise ValueError(f"the sizes in {name_of(sizes)!r} are not known: they are computed while the graph runs")
 
 
 def _size(dim: Dim, batch: int) -> int | None:

@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--input-uint8", action="store_true", help="put scale/mean/std into the graph: it takes raw uint8 NHWC"
     )
+    p.add_argument(
+        "--anchors",
+        type=Path,
+        help="a few images with labels (.npz or class folders) to pack into the artifact: with --keep-if-better a "
+        "device accepts no model that gets worse on them",
+    )
     p.add_argument("--list-changes", action="store_true", help="list everything that base.onnx does otherwise")
     _add_onnx_options(p)
     _add_method_options(p)
@@ -199,6 +205,7 @@ def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Calla
         adapter=args.adapter,
         input_uint8=args.input_uint8,
         calibration=args.calibration,
+        anchors=args.anchors,
         on_progress=on_progress,
     )
 

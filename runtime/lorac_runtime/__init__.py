@@ -6,6 +6,7 @@
 """
 
 from lorac_runtime.adapter import AdapterFile, load_adapter, save_adapter
+from lorac_runtime.adapting import adapt
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines import Engine, open_engine
 from lorac_runtime.errors import LoracDeployError
@@ -25,6 +26,7 @@ __all__ = [
     "LoracDeployError",
     "Manifest",
     "Progress",
+    "adapt",
     "finetune",
     "fuse",
     "load_adapter",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from safetensors.numpy import save
 from lorac_runtime.delta import conv_dims
 from lorac_runtime.errors import AdapterError, listed
 from lorac_runtime.expected import adapter_problems, missing_batchnorm
-from lorac_runtime.files import atomic_write
+from lorac_runtime.files import atomic_write, size_of
 from lorac_runtime.folding import fold_bias, fold_factor, fold_rows, scale_rows
 from lorac_runtime.manifest import Adapter, BatchNorm, Manifest, Partial
 
 FORMAT = "lorac-adapter"
 SCHEMA = "1"
+MOST_HEADER = 16 << 20  # names, shapes and metadata
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -56,13 +58,14 @@ def save_adapter(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None
     atomic_write(path, _with_sorted_header(data))
 
 
-def load_adapter(path: Path) -> AdapterFile:
+def load_adapter(path: Path, *, most: int | None = None) -> AdapterFile:
     """Read an adapter file; whether it fits a model is asked with `check_adapter`.
 
-    Raises AdapterError if it is missing, truncated or no safetensors file.
+    Raises AdapterError if it is missing, truncated or no safetensors file, or has more than ``most`` bytes.
     """
     tensors: Tensors = {}
     try:
+        size_of(path, most)
         with safe_open(str(path), framework="np") as file:
             metadata = dict(file.metadata() or {})
             # Not a dict: the handle is not iterable.
@@ -79,6 +82,12 @@ def load_adapter(path: Path) -> AdapterFile:
     if foreign:  # another package taught numpy bfloat16
         raise AdapterError(f"{path} holds a type that numpy does not have ({foreign[0]}); save it as float32")
     return AdapterFile(tensors, metadata)
+
+
+def most_bytes(manifest: Manifest, *, copies: int = 1) -> int:
+    """More bytes than so many ``copies`` of all that an artifact trains, and of its base, take in any number type."""
+    values = manifest.model_parameters + sum(math.prod(t.shape) for t in manifest.trainables)
+    return copies * 8 * values + MOST_HEADER
 
 
 def check_adapter(manifest: Manifest, file: AdapterFile) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lorac_runtime.channels import Channels
 from lorac_runtime.description import BASE
 from lorac_runtime.errors import ArtifactError, OutputError
-from lorac_runtime.files import atomic_write_at
+from lorac_runtime.files import atomic_write_at, size_of
 from lorac_runtime.places import ByteRange, Patch
 from lorac_runtime.stored import Losses, Piece, pieces, ranges
 
@@ -31,6 +31,7 @@ _HELD = 4  # pieces to write before pages of mapped files are let go: the system
 def mapped(path: Path) -> memoryview:
     """The file's bytes without reading them; pages come in as they are used."""
     try:
+        size_of(path)
         with path.open("rb") as stream:
             return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as err:  # ValueError: an empty file cannot be mapped

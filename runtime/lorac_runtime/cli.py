@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import logging
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO, get_args, get_origin, get_type_hints
 
 from lorac_runtime import resume
+from lorac_runtime.adapting import adapt
+from lorac_runtime.cli_parts import DONE, NOT_BETTER, PROG, STATUSES, add_fields, ended
+from lorac_runtime.cli_state import STATE_COMMANDS, remember, state_main
 from lorac_runtime.config import FinetuneConfig
-from lorac_runtime.errors import LoracDeployError
-from lorac_runtime.manifest import ADAPTER
-from lorac_runtime.report import FILE_NAME as REPORT
-from lorac_runtime.report import CacheReport, FinetuneReport
-from lorac_runtime.session import Progress, finetune
+from lorac_runtime.display import Display, Events, Shows, logged_to
+from lorac_runtime.gate import GateConfig
+from lorac_runtime.session import finetune
+from lorac_runtime.state import ATTEMPT
+from lorac_runtime.tables import adaptation_json, adaptation_table, figures, table
+
+KEPT = 3  # generations
+
+Bundled = Callable[[Path], Path]
 
 DESCRIPTION = (
     "Fine-tune the model of a training artifact on local images and write OUT/adapter.safetensors, OUT/fused.onnx "
     "(the base file with other numbers in some weights) and OUT/report.json; with --to onnx,tflite OUT/fused.tflite "
-    "too. A run that was interrupted goes on after its last whole epoch when the same command is given again; a "
+    "too. A run that was interrupted goes on after its last checkpoint when the same command is given again; a "
     "finished one is not repeated, but a fused file that is asked for and is not there yet is made from its adapter. "
-    "With other images, another artifact or other settings the folder is refused, unless --restart begins anew."
+    "With other images, another artifact or other settings the folder is refused, unless --restart begins anew. "
+    "With --keep-if-better OUT keeps a model that is in use: training starts from it, and the result takes its place "
+    "only if it is better on held-out samples. See also: status OUT, rollback OUT, resume OUT."
 )
-FAILED, INTERRUPTED = 1, 130  # 2 is argparse's own, for a wrong command line
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; its options are the fields of `FinetuneConfig` and a few files."""
-    made = argparse.ArgumentParser(prog="lorac-finetune", description=DESCRIPTION)
-    made.add_argument("artifact", type=Path, help="folder that export-training-artifact wrote")
+def parser(*, artifact: bool = True) -> argparse.ArgumentParser:
+    """The command line; its options are the fields of `FinetuneConfig`, of `GateConfig` and a few files."""
+    made = argparse.ArgumentParser(prog=PROG, description=DESCRIPTION, epilog=STATUSES)
+    if artifact:
+        made.add_argument("artifact", type=Path, help="folder that export-training-artifact wrote")
     made.add_argument(
         "--data",
         type=Path,
@@ -42,180 +49,105 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, required=True, help="output folder; created where it is missing")
     made.add_argument("--adapter", type=Path, help="start from this adapter file (default: the artifact's own)")
-    hints = get_type_hints(FinetuneConfig)
-    for field in dataclasses.fields(FinetuneConfig):
-        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if hints[field.name] is bool:
-            made.add_argument(name, action="store_true", help=text)
-        elif get_origin(hints[field.name]) is tuple:
-            made.add_argument(name, type=_names, default=field.default, metavar="FORMATS", help=text)
-        else:
-            kind = next(iter(get_args(hints[field.name])), hints[field.name])
-            parse, choices = field.metadata["parse"], field.metadata["choices"]
-            reads = kind if parse is None else _explained(parse)
-            metavar = None if parse is None else "SIZE"
-            made.add_argument(name, type=reads, default=field.default, help=text, choices=choices, metavar=metavar)
+    add_fields(made, FinetuneConfig)
+    _add_gate(made.add_argument_group("keeping a model that is in use"))
+    made.add_argument("--nice", type=int, help="lower the priority of the process by so much, 1 to 19")
     made.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    made.add_argument("--events", action="store_true", help="print one JSON object per event, for a service's log")
     made.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
     return made
 
 
-def _explained(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same function with an error that argparse shows as it is."""
-
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as err:
-            raise argparse.ArgumentTypeError(str(err)) from err
-
-    return read
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(name.strip() for name in text.split(","))
+def _add_gate(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--keep-if-better",
+        action="store_true",
+        help="start from the model in place in OUT, and put the result in its place only if it is better; else the "
+        "exit status is 3",
+    )
+    group.add_argument("--generations", type=int, metavar="N", help="how many models to keep, 1 or more (default: 3)")
+    add_fields(group, GateConfig, optional=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted."""
-    p = parser()
-    args = p.parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, bundled: Bundled | None = None) -> int:
+    """Run the command; returns the exit status, one of `STATUSES`.
+
+    ``bundled`` unpacks the artifact that a bundle carries into the output folder; then the command line names none.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in STATE_COMMANDS:
+        return state_main(given, lambda words: main(words, bundled=bundled))
+    p = parser(artifact=bundled is None)
+    args = p.parse_args(given)
+    display: Shows = Events(sys.stdout) if args.events else Display(sys.stderr, quiet=args.quiet)
     try:
-        config = FinetuneConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FinetuneConfig)})
+        config, gate = _settings(args)
     except ValueError as err:
         p.error(str(err))
-    display = Display(sys.stderr, quiet=args.quiet)
-    try:
-        with _logged_to(display):
-            report = finetune(
-                args.artifact, args.data, args.out, config, adapter=args.adapter, on_progress=display.progress
-            )
-    except LoracDeployError as err:
-        return display.failed(f"error: {err}", FAILED)
-    except MemoryError as err:
-        return display.failed(f"error: {_out_of_memory(err)}", FAILED)
-    except KeyboardInterrupt:
-        return display.failed(f"interrupted; {_how_to_go_on(args.out, config)}", INTERRUPTED)
-    print(report.to_json() if args.json else table(report, args.out), end="")
-    return 0
+    with ended(display, lambda: _how_to_go_on(args.out, config)) as end, logged_to(display):
+        if args.nice is not None:
+            os.nice(args.nice)
+        args.artifact = args.artifact if bundled is None else bundled(args.out)
+        end.status = _finetuned(args, config, display) if gate is None else _adapted(args, config, gate, display, given)
+    return end.status
 
 
-def _out_of_memory(err: MemoryError) -> str:
-    reason = f" ({err})" if str(err) else ""
-    return (
-        f"not enough memory{reason}. Try a smaller --batch-size, or with the engine onnxruntime a --micro-batch: a "
-        "step's memory grows with it"
+def _finetuned(args: argparse.Namespace, config: FinetuneConfig, display: Shows) -> int:
+    report = finetune(args.artifact, args.data, args.out, config, adapter=args.adapter, on_progress=display.progress)
+    _tell(args, report.to_json(), table(report, args.out))
+    display.event("finished", **figures(report))
+    return DONE
+
+
+def _adapted(
+    args: argparse.Namespace, config: FinetuneConfig, gate: GateConfig, display: Shows, given: list[str]
+) -> int:
+    keep = KEPT if args.generations is None else args.generations
+    found = adapt(
+        args.artifact,
+        args.data,
+        args.out,
+        config,
+        gate,
+        keep=keep,
+        on_progress=display.progress,
+        on_begin=lambda: remember(args.out, given),
     )
+    _tell(args, adaptation_json(found), adaptation_table(found, args.out))
+    display.event("judged", generation=found.generation, repeated=found.repeated, **dataclasses.asdict(found.verdict))
+    return DONE if found.verdict.accepted else NOT_BETTER
+
+
+def _tell(args: argparse.Namespace, as_json: str, as_table: str) -> None:
+    """The outcome on standard output, for a program or a person; events have their own."""
+    if not args.events:
+        print(as_json if args.json else as_table, end="")
+
+
+def _settings(args: argparse.Namespace) -> tuple[FinetuneConfig, GateConfig | None]:
+    """What the options say. Raises ValueError for one out of range, and for one that would change nothing."""
+    config = FinetuneConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(FinetuneConfig)})
+    asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(GateConfig)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.events and args.json:
+        raise ValueError("--events prints JSON already; leave --json out")
+    if args.nice is not None and not 1 <= args.nice <= 19:
+        raise ValueError(f"nice must be 1 to 19, got {args.nice}")
+    if args.keep_if_better:
+        if args.adapter is not None:
+            raise ValueError("with --keep-if-better training starts from the model in place; leave --adapter out")
+        if args.generations is not None and args.generations < 1:
+            raise ValueError(f"generations must be at least 1, got {args.generations}")
+        return config, GateConfig(**asked)
+    idle = [*asked, *(["generations"] if args.generations is not None else [])]
+    if idle:
+        names = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise ValueError(f"{names} would change nothing without --keep-if-better")
+    return config, None
 
 
 def _how_to_go_on(out: Path, config: FinetuneConfig) -> str:
-    if not resume.exists(out):
-        return "no epoch was finished, nothing was kept"
+    if not (resume.exists(out) or resume.exists(out / ATTEMPT)):
+        return "no checkpoint was written, nothing was kept"
     without = " without --restart" if config.restart else ""
-    return f"the same command{without} goes on after the last whole epoch"
-
-
-class Display:
-    """Progress and messages for a person; on a terminal the line of the current epoch is updated in place."""
-
-    def __init__(self, stream: TextIO, *, quiet: bool) -> None:
-        self._stream, self.quiet = stream, quiet
-        self._live = stream.isatty() and not quiet
-        self._width = 0  # of the unfinished line on the terminal
-
-    def progress(self, p: Progress) -> None:
-        """Show a step."""
-        if self._live:
-            self._write(_line(p), end="\n" if p.epoch_done else "")
-        elif p.epoch_done and not self.quiet:
-            self._write(_line(p))
-
-    def message(self, text: str) -> None:
-        """A line of its own."""
-        if self._width:
-            self._write("")
-        self._write(text)
-
-    def failed(self, text: str, status: int) -> int:
-        """Say why, return ``status``."""
-        self.message(text)
-        return status
-
-    def _write(self, text: str, end: str = "\n") -> None:
-        """Write over the unfinished line, if there is one."""
-        back = "\r" if self._width else ""
-        print(back + text.ljust(self._width), end=end, file=self._stream, flush=True)
-        self._width = 0 if end else len(text)
-
-
-def _line(p: Progress) -> str:
-    width = len(str(p.epochs))
-    return (
-        f"epoch {p.epoch:{width}}/{p.epochs}  step {p.step}/{p.steps}  loss {p.loss:.4f}  lr {p.lr:.2e}  "
-        f"{p.seconds:.1f} s  eta {p.eta:.0f} s"
-    )
-
-
-@contextlib.contextmanager
-def _logged_to(display: Display) -> Iterator[None]:
-    """Show what the library logs: information unless quiet, warnings always."""
-    handler = _Handler(display)
-    log = logging.getLogger("lorac_runtime")
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.WARNING if display.quiet else logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
-
-
-class _Handler(logging.Handler):
-    def __init__(self, display: Display) -> None:
-        super().__init__()
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        self._display.message(prefix + record.getMessage())
-
-
-def table(report: FinetuneReport, out: Path) -> str:
-    """The figures of a run for a person, a line each."""
-    share = report.trained_parameters / report.model_parameters
-    memory = "unknown" if report.peak_memory_bytes is None else f"{report.peak_memory_bytes / 2**20:.0f} MiB"
-    rows = {
-        "accuracy": _accuracies(report),
-        "loss": _losses(report),
-        "trained": f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})",
-        "samples": f"{report.train_images} for training, {report.val_images} held out",
-        "time": f"{report.seconds:.1f} s" + (f", a step {1e3 * report.step_seconds:.1f} ms" if report.losses else ""),
-        "memory": memory,
-        **({} if report.cache is None else {"cache": _cache(report.cache)}),
-        "written": ", ".join(str(out / name) for name in (ADAPTER, *(f.name for f in report.fused), REPORT)),
-    }
-    return "".join(f"{name:10}{text}\n" for name, text in rows.items())
-
-
-def _cache(cache: CacheReport) -> str:
-    return (
-        f"{cache.hit_rate:.1%} of {cache.hits + cache.misses:,} look-ups answered; {cache.stored} of {cache.samples} "
-        f"samples in {cache.nbytes / 1e6:.1f} MB"
-    )
-
-
-def _losses(report: FinetuneReport) -> str:
-    if report.epoch_losses:
-        return f"{report.epoch_losses[0]:.4f} in the first epoch, {report.epoch_losses[-1]:.4f} in the last"
-    if report.loss_before is None or report.loss_after is None:
-        return "not measured: no samples were held out"
-    return f"{report.loss_before:.4f} before, {report.loss_after:.4f} after, on held-out samples; nothing trained"
-
-
-def _accuracies(report: FinetuneReport) -> str:
-    before, after = report.accuracy_before, report.accuracy_after
-    if before is None or after is None:
-        return f"not measured: no {'labels' if report.val_images else 'samples were held out'}"
-    return f"{before:.1%} before, {after:.1%} after, on {report.val_images} held-out samples"
+    return f"the same command{without} goes on after the last checkpoint"

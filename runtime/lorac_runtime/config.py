@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from lorac_runtime.engines import AUTO, MODULES
@@ -30,9 +31,24 @@ def size_in_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None, parse: Any = None) -> Any:
+def seconds(text: str) -> float:
+    """Seconds.
+
+    >>> seconds("90"), seconds("10m"), seconds("1.5h")
+    (90.0, 600.0, 5400.0)
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"{text!r} is not a time; write it like 90s, 10m or 1.5h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None, parse: Any = None, unit: str = "") -> Any:
     """A field whose help text and choices the command line shows, and how it reads a value that is no plain number."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "parse": parse})
+    shown = {"help": text, "choices": choices, "parse": parse, "unit": unit or None}
+    return dataclasses.field(default=default, metadata=shown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,47 +61,71 @@ class FinetuneConfig:
     Raises ValueError for a value out of range.
     """
 
-    epochs: int | None = _option(None, "passes over the training images (default: the artifact's)")
-    batch_size: int | None = _option(None, "images per step (default: the artifact's)")
-    lr: float | None = _option(None, "peak learning rate (default: the artifact's)")
-    warmup: float | None = _option(
+    epochs: int | None = option(None, "passes over the training images (default: the artifact's)")
+    batch_size: int | None = option(None, "images per step (default: the artifact's)")
+    lr: float | None = option(None, "peak learning rate (default: the artifact's)")
+    warmup: float | None = option(
         None, "share of all steps in which the learning rate rises, 0 to 1 (default: the artifact's)"
     )
-    val_fraction: float = _option(
+    val_fraction: float = option(
         0.2, "share of the samples held out, by class, for the accuracies before and after (default: %(default)s)"
     )
-    seed: int = _option(0, "seed of the split and of the order of images (default: %(default)s)")
-    engine: str = _option(
+    seed: int = option(0, "seed of the split and of the order of images (default: %(default)s)")
+    engine: str = option(
         AUTO,
         "what trains; auto takes onnxruntime where the artifact has its files and the package is installed, else "
         "onnxruntime-training (default: %(default)s)",
         ENGINES,
     )
-    micro_batch: int | None = _option(
+    micro_batch: int | None = option(
         None,
         "compute a step in pieces of so many images, in less memory and with the same result; engine onnxruntime, not "
         "with BN policy batch (default: all images at once)",
     )
-    cache: int | None = _option(
+    cache: int | None = option(
         None,
         "keep what the frozen front of the network computes in OUT/cache, in at most this much space, such as 64MB or "
         "1GiB, so that it runs once for each image and not in every epoch; the result is the same to the last bit "
         "(default: no cache)",
         parse=size_in_bytes,
+        unit="SIZE",
     )
-    cache_fp16: bool = _option(
+    cache_fp16: bool = option(
         False, "keep it in half precision: twice as many images in the same space, but the result differs a little"
     )
-    to: tuple[str, ...] = _option(
+    to: tuple[str, ...] = option(
         ("onnx",),
         "formats of the fused model, onnx, tflite or onnx,tflite: OUT gets a file fused.FORMAT for each, made from "
         "base.FORMAT of the artifact (default: onnx)",
     )
-    threads: int | None = _option(None, "threads of the engine (default: its own choice)")
-    restart: bool = _option(False, "begin anew, whatever a finished or unfinished run left in the output folder")
+    threads: int | None = option(None, "threads of the engine (default: its own choice)")
+    memory: int | None = option(
+        None,
+        "the most memory that the process may take, such as 256MB: chooses the largest --micro-batch that fits, and "
+        "refuses to begin where none does (default: no limit)",
+        parse=size_in_bytes,
+        unit="SIZE",
+    )
+    time_budget: float | None = option(
+        None,
+        "stop at a checkpoint after so long, such as 90s, 10m or 1.5h, with exit status 75; the same command goes on "
+        "(default: no limit)",
+        parse=seconds,
+        unit="TIME",
+    )
+    checkpoint_every: float = option(
+        60.0,
+        "write a checkpoint after so long, such as 30s or 5m, and after every epoch (default: 60s)",
+        parse=seconds,
+        unit="TIME",
+    )
+    trust: Path | None = option(  # noqa: RUF009 - it makes a field
+        None, "refuse an artifact that was not signed with the private half of this public key, a PEM file", unit="KEY"
+    )
+    restart: bool = option(False, "begin anew, whatever a finished or unfinished run left in the output folder")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch", "cache", "threads"):
+        for name in ("epochs", "batch_size", "micro_batch", "cache", "threads", "memory"):
             _check(name, getattr(self, name), least=1)
         if self.cache_fp16 and self.cache is None:
             raise ValueError("cache_fp16 says how the cache stores numbers; give the cache a size too (--cache 64MB)")
@@ -94,6 +134,10 @@ class FinetuneConfig:
         if not self.to or not set(self.to) <= set(FORMATS) or len(set(self.to)) < len(self.to):
             raise ValueError(f"to must name some of {', '.join(FORMATS)}, each once, got {','.join(self.to)!r}")
         _check("seed", self.seed, least=0)
+        for name in ("time_budget", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number of seconds, 0 or more, got {value}")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.warmup is not None and not 0 <= self.warmup <= 1:

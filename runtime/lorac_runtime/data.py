@@ -9,10 +9,6 @@ import dataclasses
 import hashlib
 import logging
 import stat
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,29 +19,13 @@ import numpy.typing as npt
 from lorac_runtime.errors import DataError
 from lorac_runtime.image_folder import read_folder
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.npz import NEED_LABELS, read_arrays
 from lorac_runtime.sample_ids import checked_ids
 from lorac_runtime.signals import as_signals, described
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
-NEED_LABELS = "Only artifacts of the methods tent and recalibrate adapt a model without labels; others learn from them."
-
-# What zip archives, compression and the headers of arrays raise when they are damaged; RuntimeError: encrypted.
-_DAMAGED = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    SyntaxError,
-    RuntimeError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +70,8 @@ def load_data(
     if _is_folder(path):
         (images, labels), ids = read_folder(path, spec, class_names), None
     else:
-        images, labels, ids = _read_arrays(path, spec.key, needed=(spec.key, "labels")[: 2 if require_classes else 1])
+        needed = (spec.key, "labels")[: 2 if require_classes else 1]
+        images, labels, ids = read_arrays(path, spec.key, needed=needed, shapes=_sample_shapes(spec))
         images = as_signals(path, images, spec.shape) if not spec.is_image else _as_nhwc(path, images, spec)
         labels = None if labels is None else _as_labels(path, labels, classes)
     data = LocalData(np.ascontiguousarray(images), labels)
@@ -122,9 +103,14 @@ def _check_labels(path: Path, data: LocalData, spec: InputSpec, class_names: Seq
 def _warn_of_absent(path: Path, present: Array, spec: InputSpec, class_names: Sequence[str]) -> None:
     absent = [name for index, name in enumerate(class_names) if index not in present]
     log.warning(
-        f"{path} has no {spec.key} of {len(absent)} of the {len(class_names)} classes "
-        f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}): training on the others makes a model forget "
-        f"these; add some of each, or expect answers among the other {len(present)}"
+        "%s has no %s of %d of the %d classes (%s): training on the others makes a model forget these; add some of "
+        "each, or expect answers among the other %d",
+        path,
+        spec.key,
+        len(absent),
+        len(class_names),
+        ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else ""),
+        len(present),
     )
 
 
@@ -237,34 +223,10 @@ def _is_folder(path: Path) -> bool:
         ) from err
 
 
-def read_npz(path: Path, key: str = "images") -> tuple[Array, Array]:
-    """``images`` (or what ``key`` says) and ``labels`` of a file as they are stored; their contents are not checked.
-
-    Pickling is off. Raises DataError.
-    """
-    images, labels, _ = _read_arrays(path, key, needed=(key, "labels"))
-    assert labels is not None
-    return images, labels
-
-
-def _read_arrays(path: Path, key: str, *, needed: Sequence[str]) -> tuple[Array, Array | None, Array | None]:
-    advice = f"save it with numpy.savez(path, {', '.join(f'{name}=...' for name in needed)})"
-    try:
-        # Opened here: numpy leaves a file open that turns out to be no archive.
-        with path.open("rb") as stream:
-            archive = np.load(stream, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} holds a single array, not {' and '.join(needed)}; {advice}")
-            missing = [name for name in needed if name not in archive.files]
-            if missing:
-                why = f". {NEED_LABELS}" if missing == ["labels"] else ""
-                raise DataError(f"{path} has no {' and no '.join(missing)}, only {archive.files}; {advice}{why}")
-            labels, ids = (archive[name] if name in archive.files else None for name in ("labels", "ids"))
-            return archive[key], labels, ids
-    except MemoryError as err:
-        raise DataError(f"{path} says it holds more than fits into memory ({err})") from err
-    except _DAMAGED as err:
-        raise DataError(f"{path} is not a readable .npz of plain arrays ({err}); {advice}") from err
+def _sample_shapes(spec: InputSpec) -> list[tuple[int, ...]]:
+    """The shapes that a sample in a file may have."""
+    one_channel = [spec.shape[1:]] if spec.is_image and spec.channels == 1 else []
+    return [spec.raw_shape, spec.shape, *one_channel]
 
 
 def _as_nhwc(path: Path, images: Array, spec: InputSpec) -> npt.NDArray[np.uint8]:

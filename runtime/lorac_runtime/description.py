@@ -201,11 +201,26 @@ class EngineEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemoryNeed:
+    """``nbytes`` of memory are the most that a process takes which trains with the engine onnxruntime, ``images`` at
+    once.
+
+    ``parts``: the batch is computed in pieces of so many images; else they are the batch. Local data are not counted,
+    and of a frozen front only the features of these images.
+    """
+
+    images: int
+    nbytes: int
+    parts: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """A whole artifact; see docs/artifact.md. ``coordinates`` says whether adapters add to folded weights.
 
-    ``tflite`` describes base.tflite, where the artifact has one. ``features`` are what prefix_step.onnx computes and
-    step graphs take instead of images; () where nothing frozen lies in front of what trains.
+    ``memory`` is computed for some numbers of images, in ascending order; () where nothing trains, and in artifacts of
+    older exports. ``tflite`` describes base.tflite, where the artifact has one. ``features`` are what prefix_step.onnx
+    computes and step graphs take instead of images; () where nothing frozen lies in front of what trains.
     """
 
     schema_version: int
@@ -230,6 +245,7 @@ class Manifest:
     partials: tuple[Partial, ...] = ()
     additions: Additions | None = None
     features: tuple[Feature, ...] = ()
+    memory: tuple[MemoryNeed, ...] = ()
 
     @property
     def trained_parameters(self) -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import cast
 
 from lorac_runtime.errors import StoreError, listed
-from lorac_runtime.files import atomic_write
+from lorac_runtime.files import atomic_write, size_of
 from lorac_runtime.manifest import BASE, Manifest
 from lorac_runtime.schema import decode
 
 RECORD = "store.json"
 SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 20  # a larger file is not read
 _MEND = "remove it and make the store anew in the same folder (create --artifact): the domains are kept"
 
 
@@ -46,6 +47,7 @@ def read_record(folder: Path) -> Record:
     """What store.json in ``folder`` says. Raises StoreError if it is missing or damaged."""
     path, problems = folder / RECORD, list[str]()
     try:
+        size_of(path, MAX_BYTES)
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise StoreError(f"{folder} is no store of domains ({RECORD} is missing); make one: create --artifact") from err

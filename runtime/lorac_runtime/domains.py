@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
+from lorac_runtime.adapter import load_adapter, most_bytes, to_manifest_coordinates
 from lorac_runtime.domain_record import (
     RECORD,
     SCHEMA_VERSION,
@@ -34,7 +34,7 @@ from lorac_runtime.domain_record import (
 )
 from lorac_runtime.errors import AdapterError, ArtifactError, OutputError, StoreError, listed
 from lorac_runtime.expected import state_problems
-from lorac_runtime.files import atomic_write, flush_folder
+from lorac_runtime.files import atomic_write, flush_folder, size_of
 from lorac_runtime.manifest import BASE, Manifest, load, sha256
 from lorac_runtime.outputs import remove_partial_files
 from lorac_runtime.patch import batchnorm_tensors
@@ -138,7 +138,7 @@ def add(store: Store, name: str, adapter: Path, *, replace: bool = False) -> Dom
     an adapter that does not fit the artifact, OutputError.
     """
     _require_free(store, check_name(name), replace=replace)
-    content = _adapter_bytes(adapter)
+    content = _adapter_bytes(store, adapter)
     _fitting(store, adapter)
     home = _home(store.folder)
     remove_partial_files(home, [name + SUFFIX])
@@ -207,7 +207,7 @@ def _domain(store: Store, path: Path) -> Domain:
     used = current is not None and current.name == name
     method, parameters, problem = "", 0, ""
     try:
-        file = load_adapter(path)
+        file = load_adapter(path, most=most_bytes(store.manifest))
         method = file.metadata.get("method", "")
         trained = {t.name for t in store.manifest.trainables}
         parameters = sum(value.size for key, value in file.tensors.items() if key in trained)
@@ -239,8 +239,9 @@ def _require_free(store: Store, name: str, *, replace: bool) -> None:
         raise StoreError(f"{name} is taken by the domain {taken[0]}: choose another name ({advice})")
 
 
-def _adapter_bytes(path: Path) -> bytes:
+def _adapter_bytes(store: Store, path: Path) -> bytes:
     try:
+        size_of(path, most_bytes(store.manifest))
         return path.read_bytes()
     except OSError as err:
         raise AdapterError(f"{path} cannot be read: {err.strerror or err}") from err
@@ -250,7 +251,7 @@ def _fitting(store: Store, path: Path) -> Tensors:
     """The tensors of an adapter file in the artifact's coordinates. Raises AdapterError if it does not fit."""
     norms = batchnorm_tensors(store.artifact, store.manifest)
     with np.errstate(over="ignore"):  # what becomes infinite is told below
-        state = to_manifest_coordinates(store.manifest, norms, load_adapter(path))
+        state = to_manifest_coordinates(store.manifest, norms, load_adapter(path, most=most_bytes(store.manifest)))
     problems = state_problems(store.manifest, state)
     if problems:
         raise AdapterError(listed(f"{path} does not fit the artifact of {store.manifest.model!r}:", problems))

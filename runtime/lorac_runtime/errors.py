@@ -12,7 +12,11 @@ Caller mistakes (a wrong argument) are ``TypeError`` or ``ValueError``. Everythi
     ├── ConversionError    a model holds something that cannot be converted or trained
     ├── CacheError         features cannot be kept: too little space, nothing frozen in front, the folder in use
     ├── CheckpointError    a checkpoint (cloud or device) cannot be read or does not belong here
-    └── StoreError         a store of domains is missing or damaged, or lacks the domain
+    ├── StoreError         a store of domains is missing or damaged, or lacks the domain
+    ├── StateError         a state folder is missing or damaged, or has no such generation
+    ├── BusyError          another process works in the output folder
+    ├── LimitError         a run does not fit into the memory that it may use
+    └── StoppedError       a run stopped at a checkpoint, because its time was up
 """
 
 
@@ -58,6 +62,22 @@ class CheckpointError(LoracDeployError):
 
 class StoreError(LoracDeployError):
     """A store of domains is missing or damaged, or has no such domain."""
+
+
+class StateError(LoracDeployError):
+    """A state folder is missing or damaged, or has no such generation."""
+
+
+class BusyError(LoracDeployError):
+    """Another process works in the output folder."""
+
+
+class LimitError(LoracDeployError):
+    """A run does not fit into the memory that it may use."""
+
+
+class StoppedError(LoracDeployError):
+    """A run stopped at a checkpoint, because its time was up; the same call goes on."""
 
 
 def listed(headline: str, problems: list[str]) -> str:

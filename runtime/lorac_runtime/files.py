@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from lorac_runtime.errors import OutputError
+from lorac_runtime.errors import BusyError, OutputError
 
 Buffer = bytes | memoryview
+log = logging.getLogger(__name__)
 _READ = 1 << 20  # bytes at a time when a file is read back
 _LOCKED_BYTE = 1 << 62  # where Windows locks: far behind any content, which stays readable
 
@@ -29,6 +32,21 @@ _ADVICE = {
     errno.ENOTDIR: "A part of the path is a file, not a folder.",
     errno.EISDIR: "There is a folder of that name.",
 }
+
+
+def size_of(path: Path, most: int | None = None) -> int:
+    """Bytes of a regular file, which is what everything that comes from outside has to be.
+
+    A pipe would be waited for and a device read without end. Raises OSError saying so, or that it has more than
+    ``most`` bytes.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
+        raise OSError(f"it is {kind}, expected a file")
+    if most is not None and found.st_size > most:
+        raise OSError(f"it has {found.st_size:,} bytes, at most {most:,} are expected")
+    return found.st_size
 
 
 def atomic_write(target: Path, content: Buffer | Sequence[Buffer]) -> None:
@@ -168,8 +186,36 @@ def lock(stream: BinaryIO) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder for this process: no other one gets past this line until the block is left or the process ends.
+
+    Only processes that ask are kept out. No file is made for it, but on Windows, where folders cannot be locked.
+
+    Raises BusyError if another process has it, OutputError if it cannot be opened.
+    """
+    try:
+        handle = _opened_to_lock(folder)
+    except OSError as err:
+        raise OutputError(_explained(folder, err)) from err
+    try:
+        _lock_now(handle)
+    except (BlockingIOError, PermissionError) as err:
+        os.close(handle)
+        raise BusyError(f"{folder} is in use by another process; wait for it, or choose another folder") from err
+    except OSError as err:
+        log.warning("%s lies on a file system without locks (%s): let one process at a time use it", folder, err)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 if sys.platform == "win32":
     import msvcrt
+
+    def _opened_to_lock(folder: Path) -> int:
+        return os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
 
     def _lock_now(handle: int) -> None:
         os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
@@ -180,6 +226,9 @@ if sys.platform == "win32":
 
 else:
     import fcntl
+
+    def _opened_to_lock(folder: Path) -> int:
+        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def _lock_now(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

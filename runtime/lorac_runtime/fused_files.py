@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lorac_runtime.adapter import load_adapter
+from lorac_runtime.adapter import load_adapter, most_bytes
 from lorac_runtime.config import FORMATS
 from lorac_runtime.errors import AdapterError, OutputError, listed
 from lorac_runtime.expected import adapter_problems
@@ -45,7 +45,7 @@ def add_formats(
 
     Raises AdapterError if the adapter file is not one of this artifact any more, and what `patch.fuse` raises.
     """
-    trained = load_adapter(out / ADAPTER)
+    trained = load_adapter(out / ADAPTER, most=most_bytes(manifest))
     problems = adapter_problems(manifest, trained.tensors, trained.metadata)
     if problems:
         raise AdapterError(listed(f"{out / ADAPTER} is not the adapter of this run; restart (--restart):", problems))

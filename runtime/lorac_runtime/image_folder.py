@@ -107,6 +107,8 @@ def _read(path: Path, root: Path, spec: InputSpec, problems: list[str]) -> npt.N
         problems.append(f"{name} is a link that leads out of the folder; copy the file itself")
     elif path.is_dir():
         problems.append(f"{name} is a folder; image files must lie directly in their class's folder")
+    elif path.exists() and not path.is_file():
+        problems.append(f"{name} is a device, a pipe or a socket, expected an image file")
     else:
         try:
             return _decode(path, spec)

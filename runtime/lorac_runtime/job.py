@@ -9,18 +9,21 @@ from typing import Any
 import numpy.typing as npt
 
 from lorac_runtime import resume
-from lorac_runtime.adapter import AdapterFile, load_adapter, to_manifest_coordinates
+from lorac_runtime.adapter import AdapterFile, load_adapter, most_bytes, to_manifest_coordinates
 from lorac_runtime.cache import check_cache
 from lorac_runtime.config import FORMATS, FinetuneConfig, Settings, settings_for
 from lorac_runtime.data import LocalData, fingerprint, load_data, split
 from lorac_runtime.engines import AUTO
-from lorac_runtime.errors import AdapterError, OutputError, listed
+from lorac_runtime.errors import AdapterError, LimitError, OutputError, listed
+from lorac_runtime.external_data import require_own_data
 from lorac_runtime.fused_files import add_formats, missing_formats
+from lorac_runtime.limits import ENGINE, pieces_within
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import check_outputs
 from lorac_runtime.patch import batchnorm_tensors, check_base
 from lorac_runtime.report import FinetuneReport, package_version, read_report
 from lorac_runtime.training import Samples
+from lorac_runtime.trust import require_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Job:
     metadata: dict[str, str]
     run: dict[str, str]
     to: tuple[str, ...]
+    micro_batch: int | None = None
+    home: Path | None = None
+
+    @property
+    def cache_home(self) -> Path:
+        """Where a cache lies: in ``home``, which outlives ``out``, if there is one."""
+        return self.home or self.out
 
     @property
     def probe(self) -> Samples:
@@ -48,6 +58,8 @@ class Job:
 
 def prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, adapter: Path | None) -> Job:
     """All checks that need no engine."""
+    if config.trust is not None:
+        require_signed(artifact, config.trust)
     manifest = load(artifact)
     settings = settings_for(manifest, config)
     adapter = None if adapter is None else Path(adapter)
@@ -55,12 +67,12 @@ def prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, a
         check_base(artifact, manifest, FORMATS[name])
     check_outputs(artifact, out, manifest, data=data, adapter=adapter, to=config.to)
     verify_files(artifact, manifest)
+    require_own_data(artifact, manifest)
     required = 2 if manifest.needs_labels else 0
     local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names, require_classes=required)
     if config.cache is not None:
         check_cache(manifest, config.engine, len(local), budget=config.cache, fp16=config.cache_fp16)
-    own = load_adapter(artifact / ADAPTER)
-    file = own if adapter is None else _other_start(manifest, adapter)
+    start, metadata = start_of(artifact, manifest, adapter)
     train, held = split(local, settings.val_fraction, settings.seed)
     samples = Samples(local, train, manifest.input, settings.batch_size, merge_single=manifest.bn_policy == "batch")
     return Job(
@@ -70,11 +82,36 @@ def prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, a
         settings=settings,
         training=samples,
         held_out=dataclasses.replace(samples, index=held, merge_single=False),
-        start=to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), file),
-        metadata=_metadata(manifest, own.metadata),
+        start=start,
+        metadata=metadata,
         run=_identity(artifact, local, settings, adapter) | ({"cache_fp16": "True"} if config.cache_fp16 else {}),
         to=config.to,
+        micro_batch=_pieces(manifest, config, settings, local),
     )
+
+
+def _pieces(manifest: Manifest, config: FinetuneConfig, settings: Settings, local: LocalData) -> int | None:
+    """How many images to compute at once: as asked for, or as many as the memory that is allowed can hold."""
+    if config.memory is None:
+        return config.micro_batch
+    if config.engine not in (AUTO, ENGINE):
+        raise LimitError(f"the engine {config.engine} cannot keep to --memory: leave it out, or use --engine {ENGINE}")
+    return pieces_within(
+        manifest, config.memory, batch=settings.batch_size, data=local.images.nbytes, asked=config.micro_batch
+    )
+
+
+def start_of(
+    artifact: Path, manifest: Manifest, adapter: Path | None = None
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """What training starts from, the artifact's own adapter or another one, and the metadata of what comes of it.
+
+    Raises AdapterError if it is damaged or does not fit.
+    """
+    own = load_adapter(artifact / ADAPTER)
+    file = own if adapter is None else _other_start(manifest, adapter)
+    start = to_manifest_coordinates(manifest, batchnorm_tensors(artifact, manifest), file)
+    return start, _metadata(manifest, own.metadata)
 
 
 def _other_start(manifest: Manifest, path: Path) -> AdapterFile:
@@ -83,7 +120,7 @@ def _other_start(manifest: Manifest, path: Path) -> AdapterFile:
             f"{path}: an artifact with BN policy recalibrate re-estimates the statistics of its base before it trains, "
             "and these would not be those of the adapted model; leave the adapter out, or export with another policy"
         )
-    return load_adapter(path)
+    return load_adapter(path, most=most_bytes(manifest))
 
 
 def _metadata(manifest: Manifest, start: dict[str, str]) -> dict[str, str]:

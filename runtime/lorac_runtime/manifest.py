@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +27,21 @@ from lorac_runtime.description import (
     Feature,
     InputSpec,
     Manifest,
+    MemoryNeed,
     OutputSpec,
     Partial,
     Trainable,
     TrainingDefaults,
 )
 from lorac_runtime.errors import ArtifactError, listed
+from lorac_runtime.files import size_of
 from lorac_runtime.manifest_checks import contradictions
 from lorac_runtime.places import TFLITE_WEIGHTS, ByteRange, FileEntry, Patch, Quantized, TfliteEntry
 from lorac_runtime.schema import decode
 
 __all__ = [
     "ADAPTER",
+    "ANCHORS",
     "BASE",
     "BASE_TFLITE",
     "BATCHNORM",
@@ -57,6 +61,7 @@ __all__ = [
     "FileEntry",
     "InputSpec",
     "Manifest",
+    "MemoryNeed",
     "OutputSpec",
     "Partial",
     "Patch",
@@ -74,6 +79,7 @@ SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 BATCHNORM = "batchnorm.safetensors"
 ADAPTER = "adapter.safetensors"
+ANCHORS = "anchors.npz"  # samples with labels that no adaptation may forget; not every artifact has some
 MAX_BYTES = 64 << 20  # no manifest of a CNN comes near; a larger one is not read
 
 
@@ -108,8 +114,7 @@ def load(folder: Path) -> Manifest:
     """
     path = folder / FILE_NAME
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ArtifactError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a manifest")
+        size_of(path, MAX_BYTES)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as err:
         raise ArtifactError(f"{path} not found: {folder} is not a training artifact folder") from err
@@ -146,6 +151,9 @@ def _file_problem(path: Path, entry: FileEntry) -> str:
     try:
         if not path.is_file():
             return "is missing"
+        # realpath, because Path.resolve raises on a loop of links
+        if Path(os.path.realpath(path)).parent != Path(os.path.realpath(path.parent)):
+            return "is a link that leads out of the folder; copy the file itself"
         if path.stat().st_size != entry.nbytes:
             return f"has {path.stat().st_size} bytes, expected {entry.nbytes}"
         if sha256(path) != entry.sha256:

@@ -25,14 +25,10 @@ def check_outputs(
 ) -> None:
     """Create ``out`` and make sure that a run of this artifact can write there, with fused files of the formats ``to``.
 
-    Raises OutputError if ``out`` lies in the artifact or in a folder of images, is an artifact itself, would overwrite
-    the adapter that the run starts from, cannot be written, or has too little room.
+    Raises OutputError as `check_place` does, and if ``out`` would overwrite the adapter that the run starts from,
+    cannot be written, or has too little room.
     """
-    for source, what in ((artifact, "the training artifact"), (data, "the folder of images")):
-        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            raise OutputError(f"{out} lies in {what} {source}, which is never modified; choose another output folder")
-    if (out / FILE_NAME).exists():
-        raise OutputError(f"{out} is a training artifact itself; choose another output folder")
+    check_place(artifact, out, data)
     if adapter is not None and (out / ADAPTER).resolve() == adapter.resolve():
         raise OutputError(f"{out / ADAPTER} would overwrite the adapter it starts from; choose another output folder")
     output_folder(out)
@@ -42,6 +38,15 @@ def check_outputs(
             f"{out} has {free / 1e6:.0f} MB of free space, a run needs up to {needed / 1e6:.0f} MB. "
             "Free some space or choose another output folder"
         )
+
+
+def check_place(artifact: Path, out: Path, data: Path) -> None:
+    """Raise OutputError if ``out`` lies in the artifact or in a folder of images, or is an artifact itself."""
+    for source, what in ((artifact, "the training artifact"), (data, "the folder of images")):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise OutputError(f"{out} lies in {what} {source}, which is never modified; choose another output folder")
+    if (out / FILE_NAME).exists():
+        raise OutputError(f"{out} is a training artifact itself; choose another output folder")
 
 
 def space_needed(manifest: Manifest, to: Sequence[str] = ("onnx",)) -> int:

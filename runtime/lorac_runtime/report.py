@@ -15,10 +15,11 @@ import numpy as np
 
 from lorac_runtime.config import Settings
 from lorac_runtime.errors import OutputError, listed
-from lorac_runtime.files import atomic_write
+from lorac_runtime.files import atomic_write, size_of
 from lorac_runtime.schema import decode
 
 FILE_NAME = "report.json"
+MAX_BYTES = 256 << 20  # a value for each step; no run comes near, and a larger file is not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,7 @@ def read_report(folder: Path) -> FinetuneReport | None:
     path = folder / FILE_NAME
     problems: list[str] = []
     try:
+        size_of(path, MAX_BYTES)
         report = decode(FinetuneReport, json.loads(path.read_text(encoding="utf-8")), "", problems)
     except FileNotFoundError:
         return None

@@ -1,7 +1,7 @@
 """A fine-tuning run on the device: from an artifact and local images to an adapter and a fused model.
 
-The order is: check everything that can be checked, take the accuracy before, train with a checkpoint after every
-epoch, take the accuracy after, write adapter.safetensors, the fused files and report.json, drop the checkpoint.
+The order is: check everything that can be checked, take the accuracy before, train with a checkpoint now and then,
+take the accuracy after, write adapter.safetensors, the fused files and report.json, drop the checkpoints.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from lorac_runtime.adapter import save_adapter
 from lorac_runtime.cache import FeatureCache, open_cache
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.engines import Engine, open_engine
-from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError
+from lorac_runtime.errors import AdapterError, ArtifactError, DivergenceError, StoppedError
+from lorac_runtime.files import locked
 from lorac_runtime.fused_files import remove_others, write_fused
 from lorac_runtime.job import Job, finished, prepared
+from lorac_runtime.limits import Clock
 from lorac_runtime.manifest import ADAPTER
 from lorac_runtime.outputs import FUSED, remove_partial_files
 from lorac_runtime.report import FILE_NAME as REPORT
@@ -38,6 +40,7 @@ from lorac_runtime.training import (
     Progress,
     diverged,
     evaluate,
+    exploded,
     train_epoch,
 )
 
@@ -64,25 +67,41 @@ def finetune(
     ``adapter`` starts from another adapter file than the artifact's own. ``on_progress`` is called after each step,
     ``on_epoch`` after each epoch, to look at the model as it is then.
 
-    A run that was killed leaves ``out``/checkpoint, and the same call goes on after its last whole epoch, with another
-    engine too if ``config.engine`` names one. Where the same run is finished already, its report is returned and
+    A run that was killed leaves ``out``/checkpoint, and the same call goes on from there, with another engine too if
+    ``config.engine`` names one. Where the same run is finished already, its report is returned and
     nothing is done, but to make a fused file that ``config.to`` asks for and that is not there yet. ``config.restart``
     begins anew.
 
-    Raises ArtifactError, OutputError, DataError and AdapterError before any work is done, CheckpointError if ``out``
-    holds an unfinished run with other settings, EngineError, DivergenceError; MemoryError where a batch does not fit.
+    Raises ArtifactError, OutputError, DataError and AdapterError before any work is done, BusyError if another process
+    works in ``out``, CheckpointError if it holds an unfinished run with other settings, EngineError, DivergenceError;
+    StoppedError at a checkpoint when ``config.time_budget`` is used up; MemoryError where a batch does not fit.
     """
-    started, config = time.perf_counter(), config or FinetuneConfig()
+    config = config or FinetuneConfig()
+    clock = Clock(config.checkpoint_every, config.time_budget)
     job = prepared(Path(artifact), Path(data), Path(out), config=config, adapter=adapter)
+    with locked(job.out):
+        return run(job, config, clock, on_progress=on_progress or ignore, on_epoch=on_epoch)
+
+
+def run(
+    job: Job,
+    config: FinetuneConfig,
+    clock: Clock,
+    *,
+    on_progress: OnProgress,
+    on_epoch: OnEpoch | None = None,
+) -> FinetuneReport:
+    """`finetune` of what is prepared, in an output folder that is locked. Raises what `finetune` raises."""
+    started = time.perf_counter()
     if not config.restart and (before := finished(job, config.engine)) is not None:
-        log.info("%s holds this very run, finished; restart (--restart) runs it again", out)
+        log.info("%s holds this very run, finished; restart (--restart) runs it again", job.out)
         return before
     remove_partial_files(job.out, (ADAPTER, *FUSED.values(), REPORT))
     engine = open_engine(
-        job.artifact, job.manifest, engine=config.engine, threads=config.threads, micro_batch=config.micro_batch
+        job.artifact, job.manifest, engine=config.engine, threads=config.threads, micro_batch=job.micro_batch
     )
     cached = functools.partial(
-        open_cache, job.out, engine, job.manifest, job.training, budget=config.cache, fp16=config.cache_fp16
+        open_cache, job.cache_home, engine, job.manifest, job.training, budget=config.cache, fp16=config.cache_fp16
     )
     with contextlib.ExitStack() as held:
         settled = job.manifest.bn_policy != "recalibrate"  # otherwise the frozen part changes before training
@@ -91,7 +110,7 @@ def finetune(
         cache = cache if settled else held.enter_context(cached())
         started -= history.seconds
         watch = functools.partial(_told, on_epoch, engine)
-        history = _trained(engine, job, history, _inputs(cache), on_progress=on_progress or _ignore, on_epoch=watch)
+        history = _trained(engine, job, history, _inputs(cache), clock, on_progress=on_progress, on_epoch=watch)
         return _written(engine, job, history, cache, started=started)
 
 
@@ -102,7 +121,12 @@ def _inputs(cache: FeatureCache | None) -> Inputs | None:
 def _resumed_or_begun(engine: Engine, job: Job, inputs: Inputs | None, *, restart: bool) -> History:
     history = None if restart else resume.load(job.out, engine, job.run)
     if history is not None:
-        log.info("resuming after epoch %d of %d", history.epoch, job.settings.epochs)
+        if history.position:
+            log.info(
+                "resuming after step %d, in epoch %d of %d", len(history.losses), history.epoch + 1, job.settings.epochs
+            )
+        else:
+            log.info("resuming after epoch %d of %d", history.epoch, job.settings.epochs)
         return history
     resume.discard(job.out)
     try:
@@ -128,19 +152,36 @@ def _trained(
     job: Job,
     history: History,
     inputs: Inputs | None,
+    clock: Clock,
     *,
     on_progress: OnProgress,
     on_epoch: Callable[[History], None],
 ) -> History:
-    """All epochs that are left, with a checkpoint after each."""
+    """All that is left of training, with a checkpoint after each epoch and whenever the clock says so."""
     settings = job.settings
     while history.epoch < settings.epochs:
-        history = train_epoch(engine, job.training, settings, history, on_progress=on_progress, inputs=inputs)
-        if not all(np.all(np.isfinite(value)) for value in engine.state().values()):
-            raise DivergenceError(diverged(f"weights are not finite after epoch {history.epoch}", settings))
+        history = train_epoch(
+            engine, job.training, settings, history, on_progress=on_progress, inputs=inputs, pause=clock.due
+        )
+        _require_sound(engine, job, history)
         resume.save(job.out, engine, job.run, history=history)
-        on_epoch(history)
+        clock.saved()
+        if not history.position:
+            on_epoch(history)
+        if clock.over and history.epoch < settings.epochs:
+            raise StoppedError(f"the time is up after step {len(history.losses)}; the same command goes on")
     return history
+
+
+def _require_sound(engine: Engine, job: Job, history: History) -> None:
+    """Raise DivergenceError where weights are not finite, or the loss is far above that of random answers."""
+    if not all(np.all(np.isfinite(value)) for value in engine.state().values()):
+        raise DivergenceError(diverged(f"weights are not finite after step {len(history.losses)}", job.settings))
+    if exploded(history, job.manifest.output.classes):
+        loss = (
+            f"{history.epoch_losses[-1]:.3g} in epoch {history.epoch}, from {history.losses[0]:.3g} in the first step"
+        )
+        raise DivergenceError(diverged(f"the mean loss rose to {loss}", job.settings))
 
 
 def _written(
@@ -202,7 +243,8 @@ def _warn(report: FinetuneReport) -> None:
         log.warning("on held-out samples the model got worse, from %.1f to %.1f %%", 100 * before, 100 * after)
 
 
-def _ignore(progress: Progress) -> None:
+def ignore(progress: Progress) -> None:
+    """Shows nothing."""
     del progress
 
 

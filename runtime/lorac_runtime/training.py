@@ -51,7 +51,9 @@ class Progress:
         return self.step * self.epochs == self.epoch * self.steps
 
 
+EXPLODED = 5.0  # a mean loss so many times that of the first step, and of random answers, is no training any more
 OnProgress = Callable[[Progress], None]
+Pause = Callable[[], bool]  # whether to stop after the step that was just taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,10 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What has happened after ``epoch`` whole epochs. ``losses`` and ``step_seconds`` have a value per step."""
+    """What has happened after ``epoch`` whole epochs and ``position`` steps of the next one.
+
+    ``losses`` and ``step_seconds`` have a value per step, ``epoch_losses`` one per whole epoch.
+    """
 
     epoch: int = 0
     losses: tuple[float, ...] = ()
@@ -72,6 +77,7 @@ class History:
     step_seconds: tuple[float, ...] = ()
     seconds: float = 0.0
     before: Evaluation | None = None
+    position: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,18 +149,21 @@ def train_epoch(
     *,
     on_progress: OnProgress,
     inputs: Inputs | None = None,
+    pause: Pause | None = None,
 ) -> History:
-    """One pass over the samples, in an order that depends on seed and epoch alone; returns the longer history.
+    """The rest of an epoch, in an order that depends on seed and epoch alone; returns the longer history.
 
-    ``inputs`` None computes what the engine takes anew for each batch.
+    ``inputs`` None computes what the engine takes anew for each batch. ``pause`` is asked after each step whether to
+    stop there; given the history that was returned, the next call goes on with the step after it.
     Raises DivergenceError as soon as a loss is not finite.
     """
     order = np.random.default_rng([settings.seed, history.epoch]).permutation(len(samples))
     batches = samples.batches(order)
     steps, started = settings.epochs * len(batches), time.perf_counter() - history.seconds
-    losses: list[float] = []
+    losses = list(history.losses[len(history.losses) - history.position :])
     durations: list[float] = []
-    for step, batch in enumerate(batches, start=history.epoch * len(batches)):
+    for batch in batches[history.position :]:
+        step = history.epoch * len(batches) + len(losses)
         lr = one_cycle(step, steps, peak=settings.lr, warmup=settings.warmup)
         loss, duration = _timed_step(engine, samples, batch, lr, inputs or computed(engine))
         if not math.isfinite(loss):
@@ -163,14 +172,33 @@ def train_epoch(
         durations.append(duration)
         seconds = time.perf_counter() - started
         on_progress(Progress(history.epoch + 1, settings.epochs, step + 1, steps, _mean(losses), lr, seconds))
-    return dataclasses.replace(
+        if pause is not None and pause():
+            break
+    longer = dataclasses.replace(
         history,
-        epoch=history.epoch + 1,
-        losses=(*history.losses, *losses),
-        epoch_losses=(*history.epoch_losses, _mean(losses)),
+        position=len(losses),
+        losses=(*history.losses, *losses[history.position :]),
         step_seconds=(*history.step_seconds, *durations),
         seconds=time.perf_counter() - started,
     )
+    return longer if len(losses) < len(batches) else _whole(longer, _mean(losses))
+
+
+def _whole(history: History, loss: float) -> History:
+    """At the end of an epoch whose mean loss was ``loss``."""
+    epoch_losses = (*history.epoch_losses, loss)
+    return dataclasses.replace(history, epoch=history.epoch + 1, position=0, epoch_losses=epoch_losses)
+
+
+def exploded(history: History, classes: int) -> bool:
+    """Whether the mean loss of the last whole epoch is far above where it began and above that of random answers.
+
+    >>> exploded(History(1, (2.0, 90.0), (46.0,)), 10), exploded(History(1, (2.0, 3.0), (2.5,)), 10)
+    (True, False)
+    """
+    if not history.epoch_losses:
+        return False
+    return history.epoch_losses[-1] > EXPLODED * max(history.losses[0], math.log(classes))
 
 
 def diverged(what: str, settings: Settings) -> str:

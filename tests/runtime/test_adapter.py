@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,7 +83,8 @@ save_adapter(Path(sys.argv[1]), tensors, {name * 3: name for name in names})
     for seed in ("1", "2", "3", "4"):
         path = tmp_path / f"{seed}.safetensors"
         command = [sys.executable, "-c", program, str(path), seed]
-        subprocess.run(command, check=True, env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)})
+        changed = {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run(command, check=True, env={**os.environ, **changed})
         digests.add(hashlib.sha256(path.read_bytes()).hexdigest())
     assert len(digests) == 1
 

@@ -221,7 +221,7 @@ def test_binary_and_oversized_manifests_are_not_read(tmp_path: Path) -> None:
         mf.load(tmp_path)
     with (tmp_path / mf.FILE_NAME).open("wb") as stream:
         stream.truncate(mf.MAX_BYTES + 1)
-    with pytest.raises(ArtifactError, match="larger than 64 MiB"):
+    with pytest.raises(ArtifactError, match="at most 67,108,864 are expected"):
         mf.load(tmp_path)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from lorac_runtime import resume
 from lorac_runtime.engines import Engine
-from lorac_runtime.errors import CheckpointError, OutputError
+from lorac_runtime.errors import CheckpointError, EngineError, OutputError
 from lorac_runtime.training import Evaluation, History
 
 RUN = {"artifact": "a", "epochs": "3"}
@@ -51,6 +51,14 @@ class TextEngine:
         self.text = (folder / "state").read_text()
 
 
+class BrokenEngine(TextEngine):
+    """One that stops while it writes."""
+
+    def save(self, folder: Path) -> None:
+        (folder / "state").write_text(self.text[:1])
+        raise EngineError("no space left")
+
+
 def history(epoch: int) -> History:
     return History(epoch, (1.5,) * epoch, (1.5,) * epoch, (0.1,) * epoch, 2.5, Evaluation(0.75, 0.5))
 
@@ -61,7 +69,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     engine: Engine = TextEngine()
     assert resume.load(tmp_path, engine, RUN) == history(2)
     assert engine.text == "two"
-    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["epoch-2", "resume.json"]
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step-1", "step-2"]
+    resume.save(tmp_path, TextEngine("three"), RUN, history=history(3))
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step-2", "step-3"]
 
 
 def test_another_engine_goes_on_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -95,14 +105,15 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 1}, "schema: 1, this runtime reads 2"),
+        ({"schema": 1}, "schema: 1, this runtime reads 3"),
         ({"history": None}, "history: expected an object"),
         ({"more": 1}, "more: unknown key"),
+        ({"engine": "other"}, "was altered"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
     resume.save(tmp_path, TextEngine("one"), RUN, history=history(1))
-    path = tmp_path / "checkpoint" / "resume.json"
+    path = tmp_path / "checkpoint" / "step-1" / "resume.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         resume.load(tmp_path, TextEngine(), RUN)
@@ -110,7 +121,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, change: dict[st
 
 def test_altered_and_missing_files_are_refused_by_name(tmp_path: Path) -> None:
     resume.save(tmp_path, TextEngine("one"), RUN, history=history(1))
-    state = tmp_path / "checkpoint" / "epoch-1" / "state"
+    state = tmp_path / "checkpoint" / "step-1" / "state"
     state.write_text("eno")
     with pytest.raises(CheckpointError, match=r"is damaged \(state\)"):
         resume.load(tmp_path, TextEngine(), RUN)
@@ -119,11 +130,26 @@ def test_altered_and_missing_files_are_refused_by_name(tmp_path: Path) -> None:
         resume.load(tmp_path, TextEngine(), RUN)
 
 
+@pytest.mark.parametrize("damage", ["state", "resume.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    for epoch, text in enumerate(("one", "two", "six"), start=1):
+        resume.save(tmp_path, TextEngine(text), RUN, history=history(epoch))
+    (tmp_path / "checkpoint" / "step-3" / damage).write_text("xis")
+    engine = TextEngine()
+    assert resume.load(tmp_path, engine, RUN) == history(2)
+    assert engine.text == "two"
+    assert "going on from the checkpoint before it" in caplog.text
+    resume.save(tmp_path, TextEngine("six"), RUN, history=history(3))  # in the place of the damaged one
+    assert resume.load(tmp_path, engine, RUN) == history(3)
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     resume.save(tmp_path, TextEngine("one"), RUN, history=history(1))
-    (tmp_path / "checkpoint" / "epoch-2").write_text("a file where the folder should be")
     with pytest.raises(OutputError, match="could not be written"):
-        resume.save(tmp_path, TextEngine("two"), RUN, history=history(2))
+        resume.save(tmp_path, BrokenEngine("two"), RUN, history=history(2))
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-1"]
     assert resume.load(tmp_path, TextEngine(), RUN) == history(1)
 
 
@@ -170,7 +196,7 @@ for count in range(1000):
     print(code, 0 if found is None else found.epoch, engine.text or "state 0", sep=",")
     resume.save(out, TextEngine("next"), RUN, history=history(7))
     left = {p.name for p in (out / "checkpoint").iterdir() if not p.name.endswith(".part")}
-    assert left == {"epoch-7", "resume.json"}
+    assert "step-7" in left and len(left) <= 2
     if code == 0:
         break
 """

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
+from lorac_runtime.adapter import load_adapter, most_bytes, to_manifest_coordinates
 from lorac_runtime.engines import statistics, wheel
 from lorac_runtime.engines import step_graph as sg
 from lorac_runtime.engines import training_state as ts
@@ -239,7 +239,7 @@ class OnnxRuntime:
 
     def restore(self, folder: Path) -> None:
         """See `Engine.restore`."""
-        state = ts.read(folder)
+        state = ts.read(folder, most_bytes(self._manifest, copies=ts.COPIES))
         trained = {t.name: t.shape for t in self._manifest.trainables}
         ts.check_memory(state, self._layout.slots, trained)
         try:

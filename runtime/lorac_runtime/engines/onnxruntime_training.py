@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorac_runtime.adapter import most_bytes
 from lorac_runtime.engines import statistics, wheel
 from lorac_runtime.engines import training_state as ts
 from lorac_runtime.engines.folded import FoldedBatchnorm, batchnorm_names
@@ -171,7 +172,7 @@ class OnnxRuntimeTraining:
 
     def restore(self, folder: Path) -> None:
         """See `Engine.restore`."""
-        state = ts.read(folder)
+        state = ts.read(folder, most_bytes(self._manifest, copies=ts.COPIES))
         shapes = {t.name: t.shape for t in self._manifest.trainables}
         ts.check_memory(state, SLOTS[self._manifest.training.optimizer], shapes)
         try:

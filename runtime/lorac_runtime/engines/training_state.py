@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float32]
 Memory = dict[str, dict[str, Floats]]  # slot -> tensor name -> value
 
 FILE_NAME = "training_state.safetensors"
+COPIES = 4  # of what trains: parameters, and no optimizer remembers more than three values of each
 STEP = "step"
 SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")  # what optimizers remember, as in torch.optim
 
@@ -49,11 +50,14 @@ def write(folder: Path, state: TrainingState) -> None:
         raise EngineError(f"{folder / FILE_NAME} cannot be written: {err}") from err
 
 
-def read(folder: Path) -> TrainingState:
-    """What `write` wrote; raises CheckpointError if the file is missing, damaged or of another kind."""
+def read(folder: Path, most: int | None = None) -> TrainingState:
+    """What `write` wrote.
+
+    Raises CheckpointError if the file is missing, damaged, of another kind, or has more than ``most`` bytes.
+    """
     path = folder / FILE_NAME
     try:
-        tensors = load_adapter(path).tensors
+        tensors = load_adapter(path, most=most).tensors
     except AdapterError as err:
         raise CheckpointError(f"{path} cannot be read: {err}") from err
     step = tensors.pop(STEP, np.array(-1))
