@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,10 @@ def fuzz_all(seconds: int) -> int:
             command = [sys.executable, __file__, name, str(home), f"-max_total_time={seconds}"]
             with (home / "log").open("wb") as log:
                 running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        name, process = next(iter(running.items()))
-        failed |= process.wait() != 0
-        del running[name]
-        print(summary(name, folder / name.replace(" ", "-")), flush=True)
+        time.sleep(0.5)
+        for name in [name for name, process in running.items() if process.poll() is not None]:
+            failed |= running.pop(name).returncode != 0
+            print(summary(name, folder / name.replace(" ", "-")), flush=True)
     print(f"logs, corpora and faults: {folder}")
     return int(failed)
 

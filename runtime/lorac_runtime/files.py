@@ -111,6 +111,7 @@ def staged(target: Path) -> Iterator[Path]:
     # The process number lets two runs into one folder collide only at the rename, where the last one wins.
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        part.unlink(missing_ok=True)  # it could be a link
         yield part
         _flush(part)
         part.replace(target)
@@ -132,10 +133,12 @@ def output_folder(folder: Path) -> Path:
 
     Raises OutputError, before any work was done in vain.
     """
-    probe = folder / f".probe.{os.getpid()}"
+    probe = folder / ".probe"  # always the same: what a killed process left is removed by the next one
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
+        probe.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError), probe.open("xb") as stream:  # another process proves the same
+            stream.write(b"\0")
     except OSError as err:
         raise OutputError(_explained(folder, err)) from err
     finally:

@@ -122,6 +122,10 @@ def _entries(manifest: Manifest, base: str, values: Mapping[str, Channels]) -> l
         raise ArtifactError(
             f"the patch table has no entry for {', '.join(missing)} in {base}; export the artifact again"
         )
+    shapes = {p.tensor: (values[p.tensor].shape, tuple(p.shape)) for p in patches}
+    wrong = [f"{name} has shape {has}, its entry says {says}" for name, (has, says) in shapes.items() if has != says]
+    if wrong:
+        raise ArtifactError(listed("the patch table does not fit the network; export the artifact again:", wrong))
     return patches
 
 

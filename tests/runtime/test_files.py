@@ -54,6 +54,23 @@ def test_a_disk_that_gives_other_bytes_back_is_an_error(
     assert names(tmp_path) == ["a"]
 
 
+def test_links_in_the_place_of_temporary_files_are_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    folder = output_folder(tmp_path / "out")
+    for name in (".probe", f".a.{os.getpid()}.part"):
+        (folder / name).symlink_to(victim)
+    atomic_write(output_folder(folder) / "a", b"new")
+    assert victim.read_bytes() == b"precious"
+    assert names(folder) == ["a"]
+
+
+def test_what_a_killed_process_left_of_a_proof_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".probe").write_bytes(b"")
+    output_folder(tmp_path)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("where", ["missing/a", "file/a", "folder"])
 def test_a_target_that_cannot_be_written_is_named_with_advice(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_bytes(b"x")

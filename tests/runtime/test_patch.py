@@ -180,6 +180,16 @@ def test_a_trained_tensor_without_patch_entry_is_an_artifact_error(small: Maker,
     assert f"no entry for {weight}" in text
 
 
+def test_an_entry_of_another_shape_with_as_many_bytes_is_an_artifact_error(small: Maker) -> None:
+    artifact = small()
+    first, *others = artifact.manifest.patches
+    artifact = artifact.with_manifest(patches=(dataclasses.replace(first, shape=(*first.shape, 1)), *others))
+    target = artifact.folder.parent / "out.onnx"
+    text = problems_of(ArtifactError, lambda: fuse(artifact.folder, target, artifact.state))
+    assert "the patch table does not fit the network" in text
+    assert f"{first.tensor} has shape {first.shape}, its entry says {(*first.shape, 1)}" in text
+
+
 @pytest.mark.parametrize(("policy", "wrong"), [("batch", "folded"), ("recalibrate", "unfolded")])
 def test_a_policy_in_the_wrong_coordinates_is_an_artifact_error(small: Maker, policy: str, wrong: str) -> None:
     artifact = small(policy).with_manifest(coordinates=wrong)
