@@ -279,6 +279,18 @@ def test_after_a_rollback_the_next_generation_starts_from_the_one_in_place(
     assert [(kept.number, kept.parent) for kept in states.status(state).kept] == [(0, None), (2, 0)]
 
 
+def test_what_killed_processes_left_beside_is_removed_and_nothing_else(tiny: Tiny, data: Path, state: Path) -> None:
+    adapt(tiny.folder, data, state, CONFIG)
+    before = sorted(state.rglob("*"))
+    for name in (".state.json.77.part", ".rejected.json.1.part", ".command.json.123.part"):
+        (state / name).write_bytes(b"{")
+    for name in (".current.9.part", ".fused.onnx.9.part"):
+        (state / name).symlink_to("generations/0000")
+    (state / ".notes.part").write_bytes(b"mine")
+    adapt(tiny.folder, data, state, CONFIG)
+    assert sorted(state.rglob("*")) == sorted([*before, state / ".notes.part"])
+
+
 def test_two_processes_do_not_share_a_state(tiny: Tiny, data: Path, state: Path) -> None:
     state.mkdir()
     with locked(state), pytest.raises(BusyError, match="in use by another process"):

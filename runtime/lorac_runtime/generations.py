@@ -33,6 +33,7 @@ RECORD, ENTRY = "state.json", "generation.json"
 SCHEMA = 1
 MAX_BYTES = 1 << 20  # of either file; larger ones are not read
 _NAME = re.compile(r"[0-9]{4,9}")
+_PART = re.compile(r"\.(current|[a-z]+\.(json|safetensors|onnx|tflite))\.[0-9]+\.part")  # of a state's own files
 T = TypeVar("T")
 
 
@@ -191,14 +192,14 @@ def ancestors(folder: Path, number: int) -> list[int]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in the folder of generations, and links that were not renamed."""
+    """Remove what killed processes left: folders that are no generations, files and links that were not renamed."""
     home = folder / FOLDER
     for path in home.iterdir() if home.is_dir() else ():
         if not (path / ENTRY).is_file():
             shutil.rmtree(path, ignore_errors=True)
-    for part in folder.glob(".*.part"):
-        if part.is_symlink():
-            part.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _PART.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _link(path: Path, target: str) -> None:

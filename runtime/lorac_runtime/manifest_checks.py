@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 from lorac_runtime.additions import addition_problems
@@ -36,6 +37,7 @@ def contradictions(m: Manifest) -> list[str]:
     for name, choice, allowed in _choices(m):
         if choice not in allowed:
             problems.append(f"{name}: {choice!r} is not one of {', '.join(allowed)}")
+    problems += _doubles(m)
     for adapter in m.adapters:
         problems += _adapter_problems(adapter, shapes)
     for partial in m.partials:
@@ -56,6 +58,20 @@ def _choices(m: Manifest) -> list[tuple[str, str, tuple[str, ...]]]:
         ("bn_policy", m.bn_policy, BN_POLICIES),
         ("coordinates", m.coordinates, ("folded", "unfolded")),
         *roles,
+    ]
+
+
+def _doubles(m: Manifest) -> list[str]:
+    """Tensors that are described twice: the second description would be taken for the first."""
+    described = {
+        "trainables": [t.name for t in m.trainables],
+        "adapters": [n for a in m.adapters for n in (a.lora_a, a.lora_b, a.lora_alpha) if n is not None],
+        "partials": [p.tensor for p in m.partials],
+        "patches": [f"{p.tensor} in {p.file}" for p in m.patches],
+    }
+    counts = {where: collections.Counter(names) for where, names in described.items()}
+    return [
+        f"{where}: {name} occurs {n} times" for where, found in counts.items() for name, n in found.items() if n > 1
     ]
 
 
