@@ -9,6 +9,8 @@ the seed does, or makes the runtime write outside of the work folder. Faults are
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +86,52 @@ def fuzz_one(name: str, home: Path, options: list[str]) -> int:
             raise fault
 
     limits = [f"-timeout={SECONDS_EACH}", f"-rss_limit_mb={memory_now() + MEGABYTES}", f"-artifact_prefix={home}/"]
-    mutator = {} if not target.seed.startswith((b"{", b"[")) else {"custom_mutator": altered}
-    atheris.Setup([sys.argv[0], str(corpus), *limits, "-max_len=200000", *options], one, **mutator)
+    options = [*limits, "-max_len=200000", *options]
+    atheris.Setup([sys.argv[0], str(corpus), *options], one, custom_mutator=altered)
     atheris.Fuzz()
     return 0
 
 
 def altered(content: bytes, most: int, seed: int) -> bytes:
-    """Another value somewhere in a JSON text half of the time, else what libFuzzer does to bytes."""
+    """Half of the time something else within a file that stays well-formed, else what libFuzzer does to bytes."""
     import atheris
 
     rng = random.Random(seed)
+    kind = altered_archive if content.startswith(b"PK") else altered_json
+    kind = altered_header if content[7:9] == b"\0{" else kind
     if rng.random() < 0.5:
-        try:
-            return json.dumps(with_other_value(json.loads(content), rng)).encode()[:most]
-        except (ValueError, RecursionError):
-            pass
+        with contextlib.suppress(ValueError, RecursionError, KeyError, EOFError, NotImplementedError, RuntimeError):
+            return kind(content, rng)[:most]
     found: bytes = atheris.Mutate(content, most)
     return found
+
+
+def altered_json(content: bytes, rng: random.Random) -> bytes:
+    """Another value somewhere in a JSON text."""
+    return json.dumps(with_other_value(json.loads(content), rng)).encode()
+
+
+def altered_header(content: bytes, rng: random.Random) -> bytes:
+    """Another value in the header of a safetensors file."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = altered_json(content[8:end], rng)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def altered_archive(content: bytes, rng: random.Random) -> bytes:
+    """Other bytes in one of the files of an archive, with the right checksum."""
+    import atheris
+
+    made = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as given, zipfile.ZipFile(made, "w") as other:
+            members = [(entry.filename, given.read(entry)) for entry in given.infolist()]
+            chosen = rng.randrange(len(members))
+            for index, (name, bytes_) in enumerate(members):
+                other.writestr(name, atheris.Mutate(bytes_, len(bytes_) + 64) if index == chosen else bytes_)
+    except (zipfile.BadZipFile, zlib.error, OSError) as err:
+        raise ValueError from err
+    return made.getvalue()
 
 
 ODD: tuple[Any, ...] = (

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,6 +290,43 @@ def test_what_killed_processes_left_beside_is_removed_and_nothing_else(tiny: Tin
     (state / ".notes.part").write_bytes(b"mine")
     adapt(tiny.folder, data, state, CONFIG)
     assert sorted(state.rglob("*")) == sorted([*before, state / ".notes.part"])
+
+
+def test_a_kill_while_it_is_written_down_what_was_accepted_leads_to_no_second_attempt(
+    tiny: Tiny, data: Path, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, an attempt was rejected: what is known of that must not hide the accepted one."""
+    wrong = altered(data, tmp_path / "wrong.npz", labels=lambda values: np.random.default_rng(0).permutation(values))
+    assert not adapt(tiny.folder, wrong, state, CONFIG).verdict.accepted
+    write = states.gen.write_record
+
+    def written_then_stopped(*arguments: Any) -> None:
+        write(*arguments)
+        raise StopError
+
+    monkeypatch.setattr(states.gen, "write_record", written_then_stopped)
+    with pytest.raises(StopError):
+        adapt(tiny.folder, data, state, CONFIG)
+    monkeypatch.undo()
+    found = adapt(tiny.folder, data, state, CONFIG)
+    assert (found.repeated, found.generation) == (True, 1)
+
+
+def test_a_generation_holds_nothing_that_a_kill_left(
+    tiny: Tiny, data: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = states.gen.describe
+
+    def littered(home: Path, *rest: Any) -> None:
+        (home / "checkpoint/step-9").mkdir(parents=True)
+        (home / "checkpoint/step-9/training_state.safetensors").write_bytes(b"half")
+        (home / ".report.json.5.part").write_bytes(b"{")
+        describe(home, *rest)
+
+    monkeypatch.setattr(states.gen, "describe", littered)
+    adapt(tiny.folder, data, state, CONFIG)
+    there = {path.name for path in (state / "generations/0001").iterdir()}
+    assert there == {*FILES, "generation.json", "report.json"}
 
 
 def test_two_processes_do_not_share_a_state(tiny: Tiny, data: Path, state: Path) -> None:

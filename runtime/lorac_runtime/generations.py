@@ -25,7 +25,6 @@ from lorac_runtime.errors import OutputError, StateError, listed
 from lorac_runtime.files import atomic_write, flush_folder, size_of
 from lorac_runtime.gate import Verdict
 from lorac_runtime.manifest import FileEntry, sha256
-from lorac_runtime.outputs import remove_partial_files
 from lorac_runtime.schema import decode
 
 FOLDER, CURRENT = "generations", "current"
@@ -135,10 +134,22 @@ def current(folder: Path) -> int | None:
 def describe(
     home: Path, number: int, parent: int | None, names: Sequence[str], run: dict[str, str], verdict: Verdict | None
 ) -> None:
-    """Write generation.json for the files ``names`` in the folder ``home``. Raises OutputError."""
-    remove_partial_files(home, (ENTRY,))
+    """Write generation.json for the files ``names`` in the folder ``home``, and remove others. Raises OutputError."""
+    _keep_only(home, names)
     files = {name: FileEntry(sha256(home / name), (home / name).stat().st_size) for name in names}
     atomic_write(home / ENTRY, _as_json(Generation(SCHEMA, number, parent, files, run, verdict)))
+
+
+def _keep_only(home: Path, names: Sequence[str]) -> None:
+    """Remove what killed processes left, such as half of a checkpoint. Raises OutputError."""
+    try:
+        for path in home.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in names:
+                path.unlink()
+    except OSError as err:
+        raise OutputError(f"{home} cannot be cleared: {err.strerror or err}") from err
 
 
 def put(folder: Path, home: Path, number: int) -> None:

@@ -95,6 +95,7 @@ def run(
     started = time.perf_counter()
     if not config.restart and (before := finished(job, config.engine)) is not None:
         log.info("%s holds this very run, finished; restart (--restart) runs it again", job.out)
+        resume.discard(job.out)  # it may have been killed while it removed its checkpoints
         return before
     remove_partial_files(job.out, (ADAPTER, *FUSED.values(), REPORT))
     engine = open_engine(

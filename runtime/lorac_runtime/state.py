@@ -125,10 +125,10 @@ def _finish_accepting(folder: Path) -> None:
 
 def put_in_place(folder: Path, record: Record, number: int) -> Record:
     """Switch to a new generation and write that down. Raises OutputError."""
+    (folder / REJECTED).unlink(missing_ok=True)  # before it is written down: what follows is done again, this is not
     gen.switch(folder, number)
     record = dataclasses.replace(record, accepted=number)
     gen.write_record(folder, record)
-    (folder / REJECTED).unlink(missing_ok=True)
     return record
 
 
