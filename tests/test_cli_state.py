@@ -88,6 +88,18 @@ def test_status_rollback_and_resume(run: Run, command: Run, tmp_path: Path) -> N
     assert (found["current"], [kept["number"] for kept in found["kept"]]) == (1, [0, 1])
 
 
+def test_resume_stays_in_the_folder_whatever_it_says(run: Run, command: Run, tmp_path: Path) -> None:
+    assert run(*KEEP)[0] == 0
+    remembered = json.loads((tmp_path / "out/command.json").read_text())
+    remembered["words"] += ["--out", str(tmp_path / "elsewhere")]
+    (tmp_path / "out/command.json").write_text(json.dumps(remembered))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    status, stdout, _ = command("resume", tmp_path / "moved")
+    assert (status, "repeated" in stdout) == (0, True)
+    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_goes_on_with_what_was_stopped(run: Run, command: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, stdout, stderr = run(*KEEP, "--time-budget", "0.001s")

@@ -62,6 +62,7 @@ def remember(state: Path, argv: Sequence[str]) -> None:
 
 def _resumed(state: Path, again: Main) -> int:
     folder, words = _remembered(state / COMMAND)
+    words += ["--out", str(state.resolve())]  # whatever the file says, and wherever the state was moved to
     try:
         os.chdir(folder)
     except OSError as err:
