@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "bundle": Command("lorac_deploy.commands.bundle", "pack the runtime and an artifact into one file for a device"),
     "sign": Command("lorac_deploy.commands.sign", "sign an artifact, for devices that take no others"),
+    "import": Command("lorac_deploy.commands.import_adapter", "make an adapter of PEFT, loralib or others one of ours"),
     "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),
     "advise": Command("lorac_deploy.commands.advise", "choose method and block for the drift in local data"),
     "study": Command("lorac_deploy.commands.study", "compare methods over drifts, sizes and seeds"),
