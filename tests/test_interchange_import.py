@@ -151,6 +151,12 @@ def test_weights_of_another_network_are_not_taken_for_merged_ones(net: nn.Module
     assert str(caught.value).count("layer") == 1
 
 
+def test_the_alpha_of_merged_weights_is_found_out(net: nn.Module, tmp_path: Path) -> None:
+    torch.save(wrapped(copy.deepcopy(net), LAYERS, r=2, alpha=4.0).eval().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(AdapterError, match="with --alpha 4 it would be the merged one"):
+        read(Source(tmp_path / "a.pt", alpha=16.0), tensors_of(net))
+
+
 def test_a_fine_tuned_state_dict_is_a_change(net: nn.Module, base: Path, tmp_path: Path) -> None:
     tuned = copy.deepcopy(net)
     with torch.no_grad():

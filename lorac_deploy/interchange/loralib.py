@@ -46,7 +46,7 @@ def read_loralib(path: Path, base: Tensors, *, alpha: float | None) -> Change:
             problems.append(f"{layer}: {err}")
     if problems:
         raise AdapterError(listed(f"{path} cannot be imported:", problems))
-    merged, strange = _merged(deltas, tensors, base)
+    merged, strange = _merged(deltas, tensors, base, alpha)
     if strange:
         raise AdapterError(
             listed(f"{path} holds weights that are neither the base's nor the base's with the change in them:", strange)
@@ -77,8 +77,8 @@ def _delta(layer: str, tensors: Tensors, base: Tensors, alpha: float) -> tuple[D
     return (b @ a).reshape(shape) * (alpha / rank), rank
 
 
-def _merged(deltas: dict[str, Doubles], tensors: Tensors, base: Tensors) -> tuple[list[str], list[str]]:
-    """(layers whose weight holds the change already, what is wrong with those that are neither so nor otherwise)."""
+def _merged(deltas: dict[str, Doubles], tensors: Tensors, base: Tensors, alpha: float) -> tuple[list[str], list[str]]:
+    """(weights that hold the change already, what is wrong with those that are neither so nor the base's)."""
     merged, strange = [], []
     for name, delta in deltas.items():
         size = float(np.linalg.norm(delta))
@@ -89,8 +89,11 @@ def _merged(deltas: dict[str, Doubles], tensors: Tensors, base: Tensors) -> tupl
         if beyond < CLOSE:
             merged.append(name)
         elif apart >= CLOSE:
+            share = float(np.vdot(moved, delta)) / size**2
+            fits = float(np.linalg.norm(moved - share * delta)) / size < CLOSE
+            advice = f"; with --alpha {alpha * share:.4g} it would be the merged one" if fits else ""
             strange.append(
-                f"{name} is {apart:.3g} times the change away from the base, {beyond:.3g} from the merged one"
+                f"{name}: {apart:.3g} times the change from the base, {beyond:.3g} from the merged one{advice}"
             )
     return merged, strange
 
