@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
-from lorac_deploy.commands._tables import standard_output
+from lorac_deploy.commands._share import SHARED, add_options, config_of, problem, share
 from lorac_deploy.commands._tflite import tflite_rows
 from lorac_exporters.tflite_config import IO_DTYPES, WEIGHTS, TfliteConfig
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lorac_deploy.file_export import FileReport
 
 TARGETS = ("tflite", "onnx")
-SHARED = ("peft", "state-dict")  # for other libraries
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,22 +28,24 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="lorac-deploy export",
         description="Write the network of ARTIFACT, with an adapter fused into it if one is given, as one file for an "
-        "app; or, with --to peft or state-dict, an adapter for other libraries. The artifact itself is not changed.",
+        "app; or, with --to peft, onnx_adapter, adapter or state-dict, an adapter for other libraries. The artifact "
+        "itself is not changed.",
     )
     p.add_argument(
         "artifact",
         type=Path,
-        help="folder that export-training-artifact wrote; with --to peft or state-dict the checkpoint folder",
+        help="folder that export-training-artifact wrote; for other libraries also the checkpoint folder, with the "
+        "network's tensors as PyTorch knows them",
     )
     p.add_argument("--to", choices=(*TARGETS, *SHARED), required=True, help="format of the file, or of the folder")
-    p.add_argument("--out", type=Path, required=True, help="what to write; an earlier file is replaced")
+    p.add_argument("--out", type=Path, help="what to write; an earlier file is replaced")
     p.add_argument(
-        "--rank", type=int, help="most channels of PEFT's factors of adapted layers (default: those that are exact)"
+        "--adapter", type=Path, help="adapter.safetensors to fuse or to convert (default: none, the base network)"
     )
-    p.add_argument("--adapter", type=Path, help="adapter.safetensors to fuse (default: none, the base network)")
     p.add_argument("--data", type=Path, help="labelled images (.npz or class folders): report how the file answers")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     _add_tflite_options(p)
+    add_options(p)
     return p
 
 
@@ -82,43 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with usage_errors(p):
         config = _config(args)
-    problem = _idle(args) or config_problem("onnx" if args.to in SHARED else args.to, config, args.calibration)
-    if problem:
-        p.error(problem)
+    mistake = problem(args) or config_problem("onnx" if args.to in SHARED else args.to, config, args.calibration)
+    if mistake:
+        p.error(mistake)
     if args.to in SHARED:
-        return _share(args)
+        with usage_errors(p):
+            settings = config_of(args)
+        return share(args, *settings)
     with Console(stderr=True).status("reading the artifact") as status:
         report = _export(args, config, lambda text: status.update(text))
     if args.json:
         print(json.dumps(_as_dict(report), indent=1))
     else:
         _show(report)
-    return 0
-
-
-def _idle(args: argparse.Namespace) -> str:
-    """Options that are missing, or would change nothing."""
-    if args.rank is not None and (args.to != "peft" or args.rank < 1):
-        return "--rank is for --to peft, and at least 1"
-    if args.to in SHARED and args.adapter is None:
-        return f"--to {args.to} writes an adapter: give one (--adapter)"
-    return f"--data is not for --to {args.to}" if args.to in SHARED and args.data is not None else ""
-
-
-def _share(args: argparse.Namespace) -> int:
-    from lorac_deploy.interchange.exporting import export_peft, export_state_dict
-
-    if args.to == "peft":
-        found = export_peft(args.artifact, args.adapter, args.out, rank=args.rank)
-    else:
-        found = export_state_dict(args.artifact, args.adapter, args.out)
-    if args.json:
-        print(json.dumps({**dataclasses.asdict(found), "path": str(found.path)}, indent=1))
-        return 0
-    table = Table("layer", "rank", "error of the change", title=f"{found.path}")
-    for fit in found.fits:
-        table.add_row(fit.layer, str(fit.rank), f"{fit.error:.2e}")
-    standard_output().print(table if found.fits else f"{found.path} written")
     return 0
 
 
