@@ -41,7 +41,7 @@ demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both e
 	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python \
 	    --training-python .envs/device-training/bin/python --out demo
 
-test: $(DEV) $(TFLITE)  ## run all tests but the long studies on real data
+test: $(DEV) $(TFLITE) .envs/device/.installed  ## run all tests but the long studies on real data
 	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow)"
 
 test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data)

@@ -20,14 +20,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac_deploy.interchange.folders import CARD, Folder, card
-from lorac_exporters.graph_tools import to_bytes
-from lorac_exporters.inject import inject
-from lorac_exporters.plan import Plan
+from lorac_exporters.branches import Factors, Form, add_adapters
+from lorac_exporters.gradients.geometry import Geometry
+from lorac_exporters.gradients.tape import Tape
+from lorac_exporters.graph_tools import remove_unused, to_bytes
+from lorac_exporters.partials import inject_partial
 from lorac_exporters.references import adapted_state
 from lorac_runtime import manifest as mf
 from lorac_runtime.delta import adapter_shapes
 from lorac_runtime.errors import ArtifactError, ConversionError
-from lorac_runtime.manifest import Manifest
+from lorac_runtime.manifest import Adapter, Manifest
 
 Floats = npt.NDArray[np.float32]
 MODEL, SUFFIX = "model.onnx", ".onnx_adapter"
@@ -68,22 +70,33 @@ def make_switchable(model: ir.Model, manifest: Manifest, state: Mapping[str, Flo
             f"the artifact trains with the policy {manifest.bn_policy!r}, under which batch normalisations change too: "
             "only a fused file holds that"
         )
-    plan = Plan(manifest.method, manifest.adapters, manifest.trainables, (), manifest.partials)
-    inject(model, plan, _defaults(model, manifest))
+    tape = Tape(model.graph)
+    factors = {a.weight: _factors(tape, a) for a in manifest.adapters}
+    add_adapters(tape, {a.weight: a for a in manifest.adapters}, factors, _form)
+    for partial in manifest.partials:
+        inject_partial(model.graph, partial, _stored(model, partial.weight)[:, list(partial.channels)])
+    remove_unused(model)
     for name in state:
         model.graph.inputs.append(model.graph.initializers[name])
 
 
-def _defaults(model: ir.Model, manifest: Manifest) -> dict[str, Floats]:
-    """Factors of zeros, and what the base has in everything that trains in full."""
-    values: dict[str, Floats] = {}
-    for adapter in manifest.adapters:
-        shape_a, shape_b = adapter_shapes(adapter.weight_shape, adapter.rank, adapter.pairs)
-        values[adapter.lora_a], values[adapter.lora_b] = np.zeros(shape_a, np.float32), np.zeros(shape_b, np.float32)
-        if adapter.lora_alpha is not None:
-            values[adapter.lora_alpha] = np.array([adapter.alpha], np.float32)
-    values |= {p.tensor: _stored(model, p.weight)[:, list(p.channels)] for p in manifest.partials}
-    return values | {t.name: _stored(model, t.name) for t in manifest.trainables if t.name not in values}
+def _factors(tape: Tape, adapter: Adapter) -> Factors:
+    """Constants of zeros, and the alpha that the artifact has."""
+    a, b = (tape.constant(np.zeros(shape, np.float32), name) for name, shape in _shapes(adapter).items())
+    if adapter.lora_alpha is None:
+        return Factors(a, b, adapter.alpha / adapter.r)
+    alpha = tape.constant(np.array([adapter.alpha], np.float32), adapter.lora_alpha)
+    return Factors(a, b, tape.op("Mul", alpha, 1.0 / adapter.r, shape=(1,)))
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    shape_a, shape_b = adapter_shapes(adapter.weight_shape, adapter.rank, adapter.pairs)
+    return {adapter.lora_a: shape_a, adapter.lora_b: shape_b}
+
+
+def _form(adapter: Adapter, _: Geometry) -> Form:
+    """A branch wherever there is one: the weight beside it stays constant, for which engines have fast kernels."""
+    return "branch" if adapter.pairs == 1 else "weight"
 
 
 def _stored(model: ir.Model, name: str) -> Floats:
