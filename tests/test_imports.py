@@ -25,6 +25,7 @@ HEAVY += ("tflite", "flatbuffers", "ai_edge_litert", "tflite_runtime")
 TORCH_MODULE = "lorac_exporters.torch_graph"
 TORCHVISION_MODULE = "lorac_deploy._torchvision"
 TFLITE_MODULES = "lorac_exporters.tflite.schema"  # the start of their names
+OTHER_FLATBUFFERS = "lorac_deploy.interchange.onnx_adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,10 @@ def _misplaced_torchvision(i: Import) -> str | None:
 
 
 def _misplaced_tflite(i: Import) -> str | None:
-    outside = not i.importer.startswith(("benchmarks", TFLITE_MODULES))
-    return f"only {TFLITE_MODULES}* may" if outside and i.top in {"tflite", "flatbuffers"} else None
+    if i.importer.startswith(("benchmarks", TFLITE_MODULES)) or i.top not in {"tflite", "flatbuffers"}:
+        return None
+    allowed = i.top == "flatbuffers" and i.importer == OTHER_FLATBUFFERS
+    return None if allowed else f"only {TFLITE_MODULES}* may"
 
 
 def _imports_an_edge(i: Import) -> str | None:
