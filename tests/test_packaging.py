@@ -36,7 +36,7 @@ def copied(root: Path, tracked: list[str], target: Path) -> Path:
     """The checkout without what lies about; every file is as old as its copy."""
     for name in tracked:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / name, target / name)
+        shutil.copy(root / name, target / name)
     return target
 
 
@@ -127,7 +127,7 @@ def test_a_device_installs_only_numpy_and_safetensors(wheels: dict[str, zipfile.
 
 def extra(wheel: zipfile.ZipFile, name: str) -> Requirement:
     """The one requirement of an extra."""
-    lines = [line for line in metadata(wheel).get_all("Requires-Dist", []) if f'extra == "{name}"' in line]
+    lines = [line for line in metadata(wheel).get_all("Requires-Dist", []) if f"extra == '{name}'" in line]
     (line,) = lines
     return Requirement(line)
 
@@ -187,7 +187,7 @@ def test_builds_elsewhere_and_at_another_time_give_the_same_bytes(
 ) -> None:
     copy = copied(root, tracked, tmp_path / "other" / "place")
     for path in copy.rglob("*"):
-        path.chmod(0o700)
+        path.chmod(path.stat().st_mode & 0o700)
         os.utime(path, (10**9, 10**9))
     for folder in SOURCE.values():  # a wheel of the checkout itself too, not of the sdist
         build("hatchling", ["build", "-d", str(tmp_path / "dist")], copy / folder, TZ="Asia/Tokyo", PYTHONHASHSEED="7")
