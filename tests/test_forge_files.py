@@ -73,6 +73,7 @@ def test_workflows_may_little_and_end(name: str, root: Path) -> None:
     assert all(job["timeout-minutes"] <= 60 for job in found["jobs"].values())
     assert "group" in found["concurrency"]
     for step in steps(found):
+        assert re.search(r"@[0-9a-f]{40}$", step.get("uses", "@" + "0" * 40)), "a tag may be moved: name the commit"
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] is False
         assert "${{" not in step.get("run", "")  # names of branches are not commands
