@@ -236,6 +236,7 @@ def test_saved_values_have_the_sizes_that_onnxruntime_gives_them(name: str, choi
     assert 0 < computed < sum(sizes.values())
 
 
+@functools.cache
 def measured(folder: Path, batch: int) -> dict[str, float]:
     """A process of its own trains a few steps."""
     command = [sys.executable, str(PROBE), str(folder / "train_step.onnx"), str(batch), "3"]
