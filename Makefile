@@ -25,7 +25,7 @@ define environment
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env tflite-env demo test test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs dist clean
+.PHONY: help dev device-env tflite-env demo test test-long test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both e
 	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python \
 	    --training-python .envs/device-training/bin/python --out demo
 
-test: $(DEV) $(TFLITE)  ## run all tests but the long studies on real data
-	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow)"
+test: $(DEV) $(TFLITE)  ## run all tests but long ones and studies on real data
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow) and not long"
+
+test-long: $(DEV)  ## run what is left out there: more networks, layouts and seeds of what it tries already
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "long and not realdata"
 
 test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data)
 	.venv/bin/python -m pytest -m realdata

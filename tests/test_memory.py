@@ -261,7 +261,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.long), 64])
 @pytest.mark.parametrize("choice", ["full", "lora-c", "frozen a", "last stage", "head"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_the_computed_peak_is_near_the_measured_one(name: str, choice: str, batch: int, files: object) -> None:
