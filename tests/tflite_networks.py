@@ -96,8 +96,8 @@ def unet(up: str) -> Callable[[], nn.Module]:
     return lambda: UNet(up, nn.ReLU, nn.MaxPool2d)
 
 
-# Built of nothing that the smaller ones of their kind are not built of.
-LARGER = ("resnet34", "resnet101", "mobilenet_v3_large", "regnet_y_400mf")
+# Built of nothing that the others are not built of.
+LARGER = ("resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "regnet_y_400mf")
 NETWORKS = {
     "resnet18 with CIFAR stem": Tried(cifar_resnet, 32, 33),
     "resnet18": Tried(torchvision("resnet18"), 64, 36),
