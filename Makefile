@@ -20,13 +20,12 @@ define environment
 	@rm -f $@
 	@echo "Setting up $(1) (the first time takes a few minutes)"
 	@python="$(strip $(2))"; "$${python:?no Python for $(1), see above}" -m venv $(if $(filter .envs/%,$(1)),--clear) $(1)
-	@$(1)/bin/python -m pip install --quiet "setuptools>=77"
-	@$(1)/bin/python -m pip install --quiet --no-build-isolation $(3)
+	@$(1)/bin/python -m pip install --quiet $(3)
 	@touch $@
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env tflite-env demo test test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs clean
+.PHONY: help dev device-env tflite-env demo test test-long test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,8 +40,11 @@ demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both e
 	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python \
 	    --training-python .envs/device-training/bin/python --out demo
 
-test: $(DEV) $(TFLITE) .envs/device/.installed  ## run all tests but the long studies on real data
-	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow)"
+test: $(DEV) $(TFLITE) .envs/device/.installed  ## run all tests but long ones and studies on real data
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow) and not long"
+
+test-long: $(DEV)  ## run what is left out there: more networks, layouts and seeds of what it tries already
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "long and not realdata"
 
 test-realdata: $(DEV)  ## run the tests and studies on real data (../shared/data)
 	.venv/bin/python -m pytest -m realdata
@@ -76,10 +78,16 @@ format: $(DEV)  ## format the code and mend what lint can mend
 docs: $(DEV)  ## write docs/commands.md anew from the commands' own parsers
 	.venv/bin/python docs/generate_commands.py
 
-clean:  ## remove the environments, the demo's output and caches
-	rm -rf .venv .envs demo build runtime/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+dist: $(DEV)  ## build, check and install in clean environments what is released: two wheels, two sdists, their hashes
+	@.ci/dist $(RUNTIME_PYTHONS)
 
-$(DEV): pyproject.toml runtime/pyproject.toml
+clean:  ## remove the environments, the demo's output and caches
+	rm -rf .venv .envs demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The version is part of what is installed.
+VERSION := runtime/lorac_runtime/version.py
+
+$(DEV): pyproject.toml runtime/pyproject.toml $(VERSION)
 	$(call environment,.venv,$(find_python),-e ./runtime -e ".[demo$(comma)dev]")
 
 .envs/device/.installed: runtime/pyproject.toml
@@ -95,8 +103,14 @@ $(DEV): pyproject.toml runtime/pyproject.toml
 .envs/litert/.installed:
 	$(call environment,.envs/litert,$(find_python),"ai-edge-litert==2.3.0")
 
-.envs/py%/.installed: runtime/pyproject.toml
-	$(call environment,.envs/py$*,$(shell .ci/find-python $*),-e "./runtime[onnxruntime$(comma)images$(comma)test]")
+# What a device gets is tested as it gets it: .ci/test-runtime puts the newest wheel into environments that are there.
+WHEEL := .envs/wheel/.installed
+$(WHEEL): runtime/pyproject.toml $(shell find runtime -name '*.py' -o -name '*.md')
+	$(call environment,.envs/wheel,$(find_python),pip)
+	@.envs/wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir .envs/wheel/dist ./runtime
+
+.envs/py%/.installed: runtime/pyproject.toml | $(WHEEL)
+	$(call environment,.envs/py$*,$(shell .ci/find-python $*),"$$(echo .envs/wheel/dist/*.whl)[onnxruntime$(comma)images$(comma)test]")
 
 # The stem is PYTHON-ENGINE, as in $(ENGINES).
 .envs/engine-%/.installed: runtime/pyproject.toml

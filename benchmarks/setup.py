@@ -104,14 +104,10 @@ def install(name: str, scratch: Path, say: Say) -> dict[str, int]:
     say(f"{name}: installing")
     _run(_pip(name, "install", "--no-deps", "--no-index", *sorted(wheels.glob("*.whl"))), "installing")
     for index, source in enumerate(editable):
-        _run(
-            _pip(name, "install", "--no-deps", "--no-build-isolation", EDITABLE.strip(), source), f"installing {source}"
-        )
+        _run(_pip(name, "install", "--no-deps", EDITABLE.strip(), source), f"installing {source}")
         copy = scratch / str(index)  # a build writes into its sources
         shutil.copytree(envs.ROOT / source, copy, ignore=NOT_SOURCE)
-        _run(
-            _pip(name, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, copy), f"building {source}"
-        )
+        _run(_pip(name, "wheel", "--no-deps", "--wheel-dir", wheels, copy), f"building {source}")
     return {release(file): file.stat().st_size for file in sorted(wheels.glob("*.whl"))}
 
 

@@ -10,10 +10,11 @@ PAGE = Path(__file__).with_name("commands.md")
 INTRODUCTION = """\
 # Commands
 
-Written by `make docs` from the commands' own parsers. Exit status: 0 done, 1 failed (one message on stderr),
-2 wrong command line. `verify` exits with 1 if the file is not a drop-in, `certify` if two formats answer differently,
-`bench` if a fused file is not as fast as its base, and with 3 if the machine is too noisy to tell. `lorac-finetune` has
-some more ([device.md](device.md)).
+Written by `make docs` from the commands' own parsers. All have `--help`; `lorac-finetune`, `lorac-domains`,
+`export-training-artifact` and `lorac-deploy` itself have `--version`. Exit status: 0 done, 1 failed (one message on
+stderr), 2 wrong command line. `verify` exits with 1 if the file is not a drop-in, `certify` if two formats answer
+differently, `bench` if a fused file is not as fast as its base, and with 3 if the machine is too noisy to tell.
+`lorac-finetune` has some more ([device.md](device.md)).
 """
 
 
@@ -42,8 +43,8 @@ def page() -> str:
 
 
 def options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Positional arguments and options of a parser, `--help` left out."""
-    return [action for action in parser._actions if "--help" not in action.option_strings]
+    """Positional arguments and options of a parser; `--help` and `--version`, which all have, left out."""
+    return [action for action in parser._actions if not {"--help", "--version"} & {*action.option_strings}]
 
 
 def names(action: argparse.Action) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lorac_runtime.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lorac_deploy.adapter_files import attach_adapter, load_module_adapter, save_module_adapter
     from lorac_deploy.checkpoint import load_checkpoint, save_checkpoint

@@ -6,7 +6,6 @@ moves between the two by scaling the rows of ``lora_b``; fully trained weights a
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from lorac_runtime.delta import Layout, RankMode
 from lorac_runtime.errors import AdapterError, ConversionError, listed
 from lorac_runtime.expected import channels_digest
 from lorac_runtime.manifest import BnPolicy
+from lorac_runtime.version import __version__
 
 Coordinates = Literal["folded", "unfolded"]
 
@@ -150,7 +150,7 @@ def _metadata(module: nn.Module, report: AttachReport, model: str) -> dict[str, 
         "bn_policy": report.bn_policy,
         "coordinates": _own_coordinates(module, report),
         "base_sha256": "",
-        "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
+        "producer": f"lorac-deploy {__version__}",
         **partial_metadata(report.partials, config),
         **module_metadata(report.modules, config),
     }

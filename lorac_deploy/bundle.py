@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ def write_bundle(artifact: Path, out: Path) -> int:
         with part.open("wb") as stream:
             stream.write(b"#!/usr/bin/env python3\n")
             with zipfile.ZipFile(stream, "w") as archive:
-                for name, content in (*_runtime(), *_distribution()):
+                for name, content in _runtime():
                     _add(archive, name, content, zipfile.ZIP_DEFLATED)
                 signed = [SIGNATURE] if (artifact / SIGNATURE).is_file() else []
                 for name in (mf.FILE_NAME, *signed, *sorted(manifest.files)):
@@ -53,14 +52,6 @@ def _runtime() -> Iterator[tuple[str, bytes]]:
     home = Path(lorac_runtime.__file__).parent
     for path in sorted(home.rglob("*.py")):
         yield f"{home.name}/{path.relative_to(home).as_posix()}", path.read_bytes()
-
-
-def _distribution() -> Iterator[tuple[str, bytes]]:
-    """What tells the runtime its own version."""
-    name = "lorac-runtime"
-    version = importlib.metadata.version(name)
-    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    yield f"lorac_runtime-{version}.dist-info/METADATA", text.encode()
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes, compression: int) -> None:

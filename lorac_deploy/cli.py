@@ -7,7 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+
+from lorac_runtime.version import __version__
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="\n".join(["commands:", *lines, "", "`lorac-deploy COMMAND --help` lists a command's options."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--version", action="version", version=f"lorac-deploy {version('lorac-deploy')}")
+    p.add_argument("--version", action="version", version=f"lorac-deploy {__version__}", help="show the version")
     p.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND", help="one of the commands below")
     p.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
     return p

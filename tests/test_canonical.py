@@ -34,8 +34,8 @@ NETWORKS = [
     "squeezenet1_1",
     pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
     pytest.param("resnet18", marks=pytest.mark.slow),
-    pytest.param("mobilenet_v2", marks=pytest.mark.slow),
-    pytest.param("resnet50", marks=pytest.mark.slow),
+    pytest.param("mobilenet_v2", marks=[pytest.mark.slow, pytest.mark.long]),
+    pytest.param("resnet50", marks=[pytest.mark.slow, pytest.mark.long]),
     pytest.param("densenet121", marks=pytest.mark.slow),
 ]
 

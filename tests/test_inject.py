@@ -181,7 +181,7 @@ def test_a_plan_for_another_graph_is_refused() -> None:
         inject(other, plan, values)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", [pytest.param("mobilenet_v2", marks=pytest.mark.long), "mobilenet_v3_small"])
 def test_a_graph_and_its_module_give_the_same_facts(name: str) -> None:
     net = build(ModelSpec(name, classes=10))
     graph = export_graph(net, (3, 32, 32))

@@ -31,7 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 def folded_resnet18(*, smooth: bool) -> nn.Module:
     """ResNet-18, its BN folded by PyTorch's own function."""
-    net = trained("resnet18", cifar_stem=True)
+    net = trained("resnet18")
     net.conv1, net.bn1 = fuse_conv_bn_eval(net.conv1, net.bn1), nn.Identity()
     for block in [m for m in net.modules() if isinstance(m, BasicBlock)]:
         block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()

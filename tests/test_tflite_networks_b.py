@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tflite_networks import NETWORKS, check
+from tflite_networks import cases, check
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(NETWORKS)[1::2])
+@pytest.mark.parametrize("name", cases(1))
 def test_a_tflite_file_computes_what_pytorch_does_with_the_operators_expected(name: str) -> None:
     check(name)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from networks import trained
 from step_networks import UNet
@@ -95,6 +96,8 @@ def unet(up: str) -> Callable[[], nn.Module]:
     return lambda: UNet(up, nn.ReLU, nn.MaxPool2d)
 
 
+# Built of nothing that the others are not built of.
+LARGER = ("resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "regnet_y_400mf")
 NETWORKS = {
     "resnet18 with CIFAR stem": Tried(cifar_resnet, 32, 33),
     "resnet18": Tried(torchvision("resnet18"), 64, 36),
@@ -115,6 +118,11 @@ NETWORKS = {
     "unet, transposed": Tried(unet("transposed"), 16, 16),
     "unet, bilinear": Tried(unet("bilinear"), 16, 14),
 }
+
+
+def cases(first: int) -> list[Any]:
+    """Parameters of every second network."""
+    return [pytest.param(n, marks=pytest.mark.long if n in LARGER else ()) for n in list(NETWORKS)[first::2]]
 
 
 def check(name: str) -> None:

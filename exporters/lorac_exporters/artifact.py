@@ -40,6 +40,7 @@ from lorac_runtime.data import LocalData
 from lorac_runtime.delta import resolve_rank_mode
 from lorac_runtime.errors import AdapterError
 from lorac_runtime.expected import fixed_tensors
+from lorac_runtime.version import __version__
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
@@ -204,7 +205,7 @@ def _manifest(folder: Path, graphs: Graphs, lite: TfliteBase, naming: Naming, co
         tolerances={"logits": LOGITS_TOLERANCE},
         engines={},
         model_parameters=naming.parameters,
-        versions={p: importlib.metadata.version(p) for p in ("lorac-deploy", "onnx", "onnx-ir")},
+        versions={"lorac-deploy": __version__, **{p: importlib.metadata.version(p) for p in ("onnx", "onnx-ir")}},
         tflite=lite.entry,
     )
 
@@ -267,6 +268,6 @@ def adapter_metadata(
         "bn_policy": manifest.bn_policy,
         "coordinates": manifest.coordinates,
         "base_sha256": manifest.files[mf.BASE].sha256,
-        "producer": f"lorac-deploy {importlib.metadata.version('lorac-deploy')}",
+        "producer": f"lorac-deploy {__version__}",
         **({} if manifest.additions is None else manifest.additions.settings),
     }

@@ -6,7 +6,6 @@ for onnxruntime-training only where the model has an operator that just that eng
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lorac_exporters.rewrites import rewrite_for_training
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import EngineEntry, TrainingDefaults
+from lorac_runtime.version import __version__
 
 Floats = npt.NDArray[np.float32]
 _STEP, _TRAINING = training_step.ENGINE, training_ort.ENGINE
@@ -64,7 +64,7 @@ def write(engine: str, graphs: Graphs, folder: Path, *, start: Mapping[str, Floa
     """
     if engine == _STEP:
         files = training_step.write(graphs, folder, start=start, config=config)
-        return EngineEntry(files, importlib.metadata.version("lorac-deploy"))
+        return EngineEntry(files, __version__)
     version = training_ort.write(
         graphs.training_model(dict(start)),
         folder,

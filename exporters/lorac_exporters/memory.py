@@ -13,7 +13,15 @@ import onnx_ir as ir
 
 from lorac_exporters.gradients.tape import dims
 from lorac_exporters.graph_tools import name_of
-from lorac_exporters.memory_order import Buffers, ancestors, buffers, byte_size, constant_values, highest
+from lorac_exporters.memory_order import (
+    Buffers,
+    ancestors,
+    buffers,
+    byte_size,
+    constant_values,
+    execution_order,
+    highest,
+)
 from lorac_exporters.prefix import NAMED
 
 MIB = 1 << 20
@@ -77,18 +85,47 @@ def peak(
 
     Raises ValueError naming a value whose size the graph does not tell.
     """
+    return peaks(model, [batch], optimizer=optimizer, front=front, whole=whole)[0]
+
+
+def peaks(
+    model: ir.Model,
+    batches: Sequence[int],
+    *,
+    optimizer: ir.Model | None = None,
+    front: ir.Model | None = None,
+    whole: int | None = None,
+) -> list[Peak]:
+    """`peak` for each number of images; what does not depend on it is computed once."""
     graphs = [made.graph for made in (model, optimizer) if made is not None]
-    found = [buffers(graph, batch) for graph in graphs]
+    orders = [execution_order(graph) for graph in graphs]
     ahead = [] if front is None else [buffers(front.graph, 1)]
     sizes = [_constants(made.graph) for made in (model, front) if made is not None]
-    kept, features = _kept_buffers(model, batch), _kept_features(model, batch)
+    found = []
+    for batch in batches:
+        placed = [buffers(graph, batch, order) for graph, order in zip(graphs, orders, strict=True)]
+        given = 0 if front is None else _given(front.graph, batch, whole or batch)
+        found.append(_peak(model, batch, state(graphs, batch) + given, placed, ahead, sizes))
+    return found
+
+
+def _peak(
+    model: ir.Model,
+    batch: int,
+    state: int,
+    found: Sequence[Buffers],
+    ahead: Sequence[Buffers],
+    sizes: Sequence[tuple[int, int]],
+) -> Peak:
+    """Of buffers that are known, of the steps and of the front ``ahead`` of them; features count with ``saved``."""
+    kept, features = _kept_buffers(model, found[0]), _kept_features(model, batch)
     alive = round(SPREAD * max(highest(one) for one in (*found, *ahead)))
     return Peak(
         process=PROCESS,
         session=sum(_session(one) for one in (*found, *ahead)),
         weights=sum(given for given, _ in sizes),
         derived=sum(computed for _, computed in sizes),
-        state=state(graphs, batch) - features + (0 if front is None else _given(front.graph, batch, whole or batch)),
+        state=state - features,
         saved=kept + features,
         working=max(0, alive - kept),
         opening=_opening(sizes, sum(_session(one) for one in found)),
@@ -116,7 +153,7 @@ def saved_activations(model: ir.Model, batch: int) -> int:
 
     Features of a frozen front are among them.
     """
-    return _kept_buffers(model, batch) + _kept_features(model, batch)
+    return _kept_buffers(model, buffers(model.graph, batch)) + _kept_features(model, batch)
 
 
 def _kept_features(model: ir.Model, batch: int) -> int:
@@ -126,11 +163,10 @@ def _kept_features(model: ir.Model, batch: int) -> int:
     return sum(byte_size(v, batch) for v in features if any(use.node not in forward for use in v.uses()))
 
 
-def _kept_buffers(model: ir.Model, batch: int) -> int:
+def _kept_buffers(model: ir.Model, found: Buffers) -> int:
     graph = model.graph
     forward = ancestors(next(output for output in graph.outputs if output.name == LOSS))
     activations = {value for node in forward & _from_the_batch(graph) for value in node.outputs}
-    found = buffers(graph, batch)
     kept = {
         found.root[value]
         for node in found.order

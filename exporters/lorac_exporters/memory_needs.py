@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lorac_exporters import training_step as steps
-from lorac_exporters.memory import peak
+from lorac_exporters.memory import peaks
 from lorac_exporters.prefix import PREFIX
 from lorac_runtime.manifest import Manifest, MemoryNeed
 
@@ -18,7 +18,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def memory_needs(folder: Path, manifest: Manifest) -> tuple[MemoryNeed, ...]:
-    """The computed peaks (`memory.peak`) of the step graphs in ``folder``; () where it has none.
+    """The computed peaks (`memory.peaks`) of the step graphs in ``folder``; () where it has none.
 
     Also where a size cannot be told from the graphs, which is logged: training works, a limit on memory does not.
     """
@@ -36,8 +36,10 @@ def _needs(folder: Path, files: Collection[str]) -> list[MemoryNeed]:
     found: list[MemoryNeed] = []
     if steps.TRAIN in files:
         whole = ir.load(folder / steps.TRAIN)
-        found += [MemoryNeed(n, peak(whole, n, front=front).total, parts=False) for n in IMAGES]
+        made = peaks(whole, IMAGES, front=front)
+        found += [MemoryNeed(n, peak.total, parts=False) for n, peak in zip(IMAGES, made, strict=True)]
     if steps.GRADIENT in files:
         gradient, last = (ir.load(folder / name) for name in (steps.GRADIENT, steps.OPTIMIZER))
-        found += [MemoryNeed(n, peak(gradient, n, optimizer=last, front=front).total, parts=True) for n in IMAGES]
+        made = peaks(gradient, IMAGES, optimizer=last, front=front)
+        found += [MemoryNeed(n, peak.total, parts=True) for n, peak in zip(IMAGES, made, strict=True)]
     return found

@@ -118,12 +118,13 @@ class Buffers:
     last: dict[ir.Value, int]
 
 
-def buffers(graph: ir.Graph, batch: int) -> Buffers:
+def buffers(graph: ir.Graph, batch: int, order: list[ir.Node] | None = None) -> Buffers:
     """Which values share a buffer: views do, and elementwise results take the place of an input nothing else reads.
 
-    Inputs, constants and outputs of the graph have no buffer here: their owner holds them.
+    Inputs, constants and outputs of the graph have no buffer here: their owner holds them. ``order`` is what
+    `execution_order` gives, for those who know it already.
     """
-    order = execution_order(graph)
+    order = execution_order(graph) if order is None else order
     place = {node: index for index, node in enumerate(order)}
     found = Buffers(order, {}, {}, {})
     for node in order:

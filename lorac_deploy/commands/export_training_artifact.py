@@ -30,6 +30,7 @@ from lorac_exporters.choices import ENGINE_CHOICES, FORM_CHOICES, TFLITE_CHOICES
 from lorac_exporters.methods import METHODS
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import BN_POLICIES
+from lorac_runtime.version import __version__
 
 if TYPE_CHECKING:  # it imports all that exports
     from lorac_exporters.artifact import ExportReport
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=Paragraphs,
         description="Write a training artifact: base.onnx and base.tflite, what trains them on a device, the manifest.",
     )
+    p.add_argument("--version", action="version", version=f"lorac-deploy {__version__}", help="show the version")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="folder written by `lorac-deploy train --method full`")
     source.add_argument("--onnx", type=Path, help="any ONNX classifier of images or signals")

@@ -16,6 +16,7 @@ from lorac_runtime.patch import FuseReport, fuse
 from lorac_runtime.report import FinetuneReport
 from lorac_runtime.session import finetune
 from lorac_runtime.training import Progress
+from lorac_runtime.version import __version__ as __version__
 
 __all__ = [
     "AdapterFile",

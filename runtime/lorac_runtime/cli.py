@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorac_runtime import resume
 from lorac_runtime.adapting import adapt
-from lorac_runtime.cli_parts import DONE, NOT_BETTER, PROG, STATUSES, add_fields, ended
+from lorac_runtime.cli_parts import DONE, NOT_BETTER, PROG, STATUSES, add_fields, add_version, ended
 from lorac_runtime.cli_state import STATE_COMMANDS, remember, state_main
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.display import Display, Events, Shows, logged_to
@@ -38,6 +38,7 @@ DESCRIPTION = (
 def parser(*, artifact: bool = True) -> argparse.ArgumentParser:
     """The command line; its options are the fields of `FinetuneConfig`, of `GateConfig` and a few files."""
     made = argparse.ArgumentParser(prog=PROG, description=DESCRIPTION, epilog=STATUSES)
+    add_version(made)
     if artifact:
         made.add_argument("artifact", type=Path, help="folder that export-training-artifact wrote")
     made.add_argument(

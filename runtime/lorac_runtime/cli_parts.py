@@ -10,6 +10,7 @@ from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 from lorac_runtime.display import Shows
 from lorac_runtime.errors import BusyError, LoracDeployError, StoppedError
+from lorac_runtime.version import __version__
 
 PROG = "lorac-finetune"
 DONE, FAILED, NOT_BETTER, BUSY, STOPPED, INTERRUPTED = 0, 1, 3, 4, 75, 130  # 2 is argparse's, for a wrong command line
@@ -18,6 +19,11 @@ STATUSES = (
     "the model in place stays; 4 another process works in OUT; 75 the time is up, the same command goes on; "
     "130 interrupted."
 )
+
+
+def add_version(made: argparse.ArgumentParser) -> None:
+    """`--version`: what a report of a problem begins with."""
+    made.add_argument("--version", action="version", version=f"lorac-runtime {__version__}", help="show the version")
 
 
 class _TakesOptions(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorac_runtime import domains as ds
+from lorac_runtime.cli_parts import add_version
 from lorac_runtime.config import FORMATS
 from lorac_runtime.domain_record import Current
 from lorac_runtime.errors import LoracDeployError
@@ -29,6 +30,7 @@ FAILED, INTERRUPTED = 1, 130  # 2 is argparse's own, for a wrong command line
 def parser() -> argparse.ArgumentParser:
     """The command line: a store, what to do with it, and the options of that."""
     made = argparse.ArgumentParser(prog=PROG, description=DESCRIPTION)
+    add_version(made)
     made.add_argument("store", type=Path, help="folder of the store")
     actions = made.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, fill in _ACTIONS.items():

@@ -21,9 +21,10 @@ from lorac_runtime.limits import ENGINE, pieces_within
 from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import check_outputs
 from lorac_runtime.patch import batchnorm_tensors, check_base
-from lorac_runtime.report import FinetuneReport, package_version, read_report
+from lorac_runtime.report import FinetuneReport, read_report
 from lorac_runtime.training import Samples
 from lorac_runtime.trust import require_signed
+from lorac_runtime.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _other_start(manifest: Manifest, path: Path) -> AdapterFile:
 
 def _metadata(manifest: Manifest, start: dict[str, str]) -> dict[str, str]:
     """Metadata of the trained adapter: the artifact's own, now tied to its base."""
-    made = {"base_sha256": manifest.files[BASE].sha256, "producer": f"lorac-runtime {package_version()}"}
+    made = {"base_sha256": manifest.files[BASE].sha256, "producer": f"lorac-runtime {__version__}"}
     return {**start, "coordinates": manifest.coordinates, **made}
 
 

@@ -17,6 +17,7 @@ from lorac_runtime.config import Settings
 from lorac_runtime.errors import OutputError, listed
 from lorac_runtime.files import atomic_write, size_of
 from lorac_runtime.schema import decode
+from lorac_runtime.version import __version__
 
 FILE_NAME = "report.json"
 MAX_BYTES = 256 << 20  # a value for each step; no run comes near, and a larger file is not read
@@ -136,15 +137,15 @@ def versions(engine: str, engine_version: str) -> dict[str, str]:
     """Versions of everything that took part."""
     return {
         "python": platform.python_version(),
-        "lorac-runtime": package_version(),
+        "lorac-runtime": __version__,
         "numpy": np.__version__,
         "safetensors": package_version("safetensors"),
         engine: engine_version,
     }
 
 
-def package_version(distribution: str = "lorac-runtime") -> str:
-    """The installed version of a distribution; this project itself may run from a checkout, uninstalled."""
+def package_version(distribution: str) -> str:
+    """The installed version of a distribution."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
