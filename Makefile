@@ -26,7 +26,7 @@ define environment
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env tflite-env demo test test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs clean
+.PHONY: help dev device-env tflite-env demo test test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs site clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,11 +73,15 @@ format: $(DEV)  ## format the code and mend what lint can mend
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
 
-docs: $(DEV)  ## write docs/commands.md anew from the commands' own parsers
+docs: $(DEV)  ## write docs/commands.md and docs/manifest.schema.json anew from the code
 	.venv/bin/python docs/generate_commands.py
+	.venv/bin/python docs/generate_schema.py
+
+site: $(DEV)  ## make the site of documentation in site/; it opens from the disk
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet --jobs 2 docs site
 
 clean:  ## remove the environments, the demo's output and caches
-	rm -rf .venv .envs demo build runtime/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .envs demo site build runtime/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(DEV): pyproject.toml runtime/pyproject.toml
 	$(call environment,.venv,$(find_python),-e ./runtime -e ".[demo$(comma)dev]")
