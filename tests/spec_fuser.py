@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from spec_reader import Artifact, Json, Refused, Tensors, kernel
+from spec_reader import Artifact, Json, RefusedError, Tensors, kernel
 
 F = np.float32
 
@@ -60,7 +60,7 @@ class Norm:
         kept = np.ones(len(self.old), bool)
         kept[given] = False
         if not self.old[kept].all():
-            raise Refused(f"{name} cannot be unfolded")
+            raise RefusedError(f"{name} cannot be unfolded")
         ratio = np.divide(self.g, self.old, out=np.zeros_like(self.old), where=kept)
         weight = by_row(base[first], ratio.astype(F))
         if given.size:
@@ -156,7 +156,7 @@ def fused(artifact: Artifact, state: Tensors, file: str) -> bytes:
     values = final_values(m, base, artifact.norms, state)
     entries = {p["tensor"]: p for p in m["patches"] if p["file"] == file}
     if values.keys() - entries.keys():
-        raise Refused("a value without a patch entry")
+        raise RefusedError("a value without a patch entry")
     for name in list(values):
         partner = (entries[name].get("quantization") or {}).get("partner")
         values |= {partner: base[partner]} if partner is not None and partner not in values else {}

@@ -22,7 +22,7 @@ ITEM = {"float32": 4, "float16": 2, "int8": 1, "int32": 4}
 STORED = {"F32": "<f4", "I64": "<i8"}
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What the specification says a reader must refuse."""
 
 
@@ -51,10 +51,10 @@ def read(folder: Path) -> Artifact:
     """Sections 2, 4, 5, 7 and 8."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest.get("schema_version") != 1:
-        raise Refused("another version")
+        raise RefusedError("another version")
     problems = [*names(manifest), *files(folder, manifest), *doubles(manifest), *shapes(manifest), *table(manifest)]
     if problems:
-        raise Refused("\n".join(problems))
+        raise RefusedError("\n".join(problems))
     state = adapter(manifest, (folder / "adapter.safetensors").read_bytes())
     norms: Tensors = {}
     if manifest["batchnorms"]:
@@ -199,5 +199,5 @@ def adapter(m: Json, content: bytes) -> Tensors:
     if metadata.get("base_sha256", "") not in ("", m["files"]["base.onnx"]["sha256"]):
         wrong.append("base_sha256")
     if wrong:
-        raise Refused(", ".join(wrong))
+        raise RefusedError(", ".join(wrong))
     return tensors

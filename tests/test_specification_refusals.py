@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import spec_reader
 from small_artifacts import LORA, export
-from spec_reader import Json, Refused
+from spec_reader import Json, RefusedError
 
 from lorac_runtime.adapter import check_adapter, load_adapter, save_adapter
 from lorac_runtime.errors import AdapterError, ArtifactError
@@ -88,7 +88,7 @@ def test_the_reader_and_the_runtime_refuse_what_the_specification_says(
     DAMAGES[damage](damaged)
     folder = shutil.copytree(artifact, tmp_path / "a")
     (folder / "manifest.json").write_text(json.dumps(damaged), encoding="utf-8")
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         spec_reader.read(folder)
     with pytest.raises(ArtifactError):
         load(folder)
@@ -100,7 +100,7 @@ def test_an_altered_file_is_refused(name: str, artifact: Path, tmp_path: Path) -
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(Refused, match=f"^{name} was altered$"):
+    with pytest.raises(RefusedError, match=f"^{name} was altered$"):
         spec_reader.read(folder)
     with pytest.raises(ArtifactError, match=f"{name} was altered"):
         verify_files(folder, load(folder))
@@ -122,7 +122,7 @@ def test_adapters_that_do_not_fit_are_refused(damage: str, artifact: Path, manif
     tensors, metadata = dict(file.tensors), dict(file.metadata)
     ADAPTERS[damage](tensors, metadata)
     save_adapter(tmp_path / "x.safetensors", tensors, metadata)
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         spec_reader.adapter(manifest, (tmp_path / "x.safetensors").read_bytes())
     with pytest.raises(AdapterError):
         check_adapter(load(artifact), load_adapter(tmp_path / "x.safetensors"))
