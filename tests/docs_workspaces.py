@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,41 +12,38 @@ from pathlib import Path
 import numpy as np
 import torch
 from author_lora import wrapped
-from finetune_runs import write_data
-from hand_steps import StepRecipe
 from PIL import Image
 from safetensors.torch import save_file
+from small_artifacts import NAMES as CLASSES
 from small_artifacts import export
-from step_artifacts import build_steps
 from torch import nn
 
 from lorac_deploy.checkpoint import save_checkpoint
 from lorac_deploy.export import ArtifactConfig, export_training_artifact
 from lorac_deploy.models import ModelSpec, build
-from lorac_runtime.manifest import InputSpec
+from lorac_runtime.manifest import InputSpec, TrainingDefaults
 
 SPEC = InputSpec("input", (3, 8, 8), 1 / 255, (0.5,) * 3, (0.25,) * 3)
 NAMES = tuple("abcdefghij")
 CHANGED = ("layer1.0.conv1", "layer2.0.conv2")
 
 
-def class_folders(npz: Path, folder: Path) -> None:
+def class_folders(npz: Path, folder: Path, names: tuple[str, ...]) -> None:
     """The same images as files, a folder for each class."""
     with np.load(npz) as data:
         for i, (image, label) in enumerate(zip(data["images"], data["labels"], strict=True)):
-            path = folder / f"class {label}" / f"{i:03}.png"
+            path = folder / names[label] / f"{i:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
 
 
 def device(folder: Path) -> None:
-    """An artifact that learns fast, and images in folders."""
-    build_steps(folder / "artifact", StepRecipe())
-    path = folder / "artifact" / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["training"] |= {"lr": 0.01, "epochs": 4}
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    class_folders(write_data(folder / "local.npz", 300), folder / "local")
+    """An artifact that learns fast, and images in folders, whose brightness tells the class."""
+    export(folder / "artifact", training=TrainingDefaults(lr=0.02, epochs=4))
+    labels = np.arange(300) % 4
+    images = np.random.default_rng(0).normal(60, 30, (300, 10, 10, 3)) + 45 * labels[:, None, None, None]
+    np.savez(folder / "local.npz", images=np.clip(images, 0, 255).astype(np.uint8), labels=labels)
+    class_folders(folder / "local.npz", folder / "local", CLASSES)
     (folder / "labelled").symlink_to("local")
 
 

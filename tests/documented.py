@@ -47,7 +47,7 @@ class Block(NamedTuple):
         return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-class Parsed(BaseException):  # noqa: N818 - no error: it ends a command whose words were understood
+class Parsed(BaseException):
     """Raised in place of doing what a command line says."""
 
 
@@ -82,9 +82,9 @@ def module(name: str) -> Main:
 
 
 def run(block: Block) -> str:
-    """Run a block in the current folder; returns what it printed. AssertionError if a command fails."""
+    """Run a block in the current folder; returns what it wrote. AssertionError if a command fails."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         if block.language == "python":
             exec(compile(block.text, "block", "exec"), {"__name__": "__main__"})
         else:

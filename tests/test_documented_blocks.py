@@ -10,6 +10,7 @@ import documented
 import pytest
 from docs_workspaces import PAGES, Page
 from documented import Block, blocks, command, inside, parsed, run, shell_reads
+from shared_export import export_graph
 
 RUN_ELSEWHERE = {"tutorial.md": "test_tutorial.py"}  # by page: the file of tests that runs its blocks
 OTHER_PROGRAMS = {"pip", "python3", "python3.11", "source", "sudo", "uname", "scp", "journalctl"}
@@ -40,7 +41,8 @@ def test_no_command_hides_from_the_test(root: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_page_runs_as_written(page: Page, root: Path, tmp_path: Path) -> None:
+def test_a_page_runs_as_written(page: Page, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorac_deploy.export.export_graph", export_graph)  # all pages have one network
     page.fill(tmp_path)
     with inside(tmp_path):
         for block in blocks(root / "docs" / page.name):
@@ -66,8 +68,8 @@ def test_what_is_not_run_is_parsed_and_says_why(root: Path) -> None:
         ("lorac-deploy train --data digits --out base/", True),
         ("lorac-deploy train --data digits --out base/ --epoch 3x", False),
         ("lorac-deploy advice artifact/", False),
-        ("python -m benchmarks studies blocks", True),
-        ("python -m benchmarks studies --blocks", False),
+        ("python -m benchmarks studies blocks --out x", True),
+        ("python -m benchmarks studies block --out x", False),
         ("accelerate launch --num_processes 2 -m lorac_deploy train --data cifar10 --out base", True),
         ("lorac-domains store/ switch night --out app/", True),
         ("python3 ort_finetune.py artifact/ --trust key", False),
