@@ -78,7 +78,7 @@ docs: $(DEV)  ## write docs/commands.md and docs/manifest.schema.json anew from 
 	.venv/bin/python docs/generate_schema.py
 
 site: $(DEV)  ## make the site of documentation in site/; it opens from the disk
-	.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet --jobs 2 docs site
+	.venv/bin/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet --jobs 2 docs site
 
 clean:  ## remove the environments, the demo's output and caches
 	rm -rf .venv .envs demo site build runtime/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
