@@ -21,6 +21,7 @@ from torch import nn
 from lorac_deploy.checkpoint import save_checkpoint
 from lorac_deploy.export import ArtifactConfig, export_training_artifact
 from lorac_deploy.models import ModelSpec, build
+from lorac_runtime.adapter import load_adapter, save_adapter
 from lorac_runtime.manifest import InputSpec, TrainingDefaults
 
 SPEC = InputSpec("input", (3, 8, 8), 1 / 255, (0.5,) * 3, (0.25,) * 3)
@@ -72,8 +73,10 @@ def exported(folder: Path, method: str = "lora-c") -> None:
     """The same with an artifact and what a run made of it."""
     cloud(folder)
     export_training_artifact(folder / "base", folder / "artifact", config=ArtifactConfig(method=method))
+    start = load_adapter(folder / "artifact" / "adapter.safetensors")
+    moved = {n: v + np.float32(0.01) if n.endswith("lora_b") else v for n, v in start.tensors.items()}
     (folder / "adapted").mkdir()
-    shutil.copy(folder / "artifact" / "adapter.safetensors", folder / "adapted")
+    save_adapter(folder / "adapted" / "adapter.safetensors", moved, start.metadata)
 
 
 def frozen_front(folder: Path) -> None:
@@ -81,8 +84,8 @@ def frozen_front(folder: Path) -> None:
 
 
 def others(folder: Path) -> None:
-    """A checkpoint, and adapters of it that other libraries made."""
-    cloud(folder)
+    """A checkpoint and an artifact, and adapters of them that other libraries made."""
+    exported(folder)
     peft = importlib.import_module("peft")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(CHANGED))
     peft.get_peft_model(network(), config).save_pretrained(folder / "adapter_dir")

@@ -43,6 +43,7 @@ def test_no_command_hides_from_the_test(root: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_runs_as_written(page: Page, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorac_deploy.export.export_graph", export_graph)  # all pages have one network
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     page.fill(tmp_path)
     with inside(tmp_path):
         for block in blocks(root / "docs" / page.name):
