@@ -25,7 +25,7 @@ define environment
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env tflite-env demo test test-long test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs dist clean
+.PHONY: help dev device-env tflite-env demo test test-long test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs site dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,14 +75,18 @@ format: $(DEV)  ## format the code and mend what lint can mend
 	.venv/bin/ruff format
 	.venv/bin/ruff check --fix
 
-docs: $(DEV)  ## write docs/commands.md anew from the commands' own parsers
+docs: $(DEV)  ## write docs/commands.md and docs/manifest.schema.json anew from the code
 	.venv/bin/python docs/generate_commands.py
+	.venv/bin/python docs/generate_schema.py
+
+site: $(DEV)  ## make the site of documentation in site/; it opens from the disk
+	.venv/bin/python -m sphinx --fresh-env --write-all --fail-on-warning --keep-going --quiet --jobs 2 docs site
 
 dist: $(DEV)  ## build, check and install in clean environments what is released: two wheels, two sdists, their hashes
 	@.ci/dist $(RUNTIME_PYTHONS)
 
 clean:  ## remove the environments, the demo's output and caches
-	rm -rf .venv .envs demo dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .envs demo dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The version is part of what is installed.
 VERSION := runtime/lorac_runtime/version.py

@@ -43,9 +43,10 @@ def promised(text: str, package: str) -> set[str]:
     return set(re.findall(r"^\| `(\w+)[^`]*` \|", section, re.MULTILINE))
 
 
+@pytest.mark.parametrize("page", ["artifact.md", "specification.md"])
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
-def test_the_artifact_page_names_every_manifest_field(section: type, root: Path) -> None:
-    words = code_words((root / "docs" / "artifact.md").read_text(encoding="utf-8"))
+def test_the_artifacts_pages_name_every_manifest_field(section: type, page: str, root: Path) -> None:
+    words = code_words((root / "docs" / page).read_text(encoding="utf-8"))
     fields = {field.name for field in dataclasses.fields(section)}
     assert fields - words == set()
 

@@ -39,7 +39,7 @@ def test_plots_are_there_under_the_names_that_the_page_gives_them() -> None:
 
 
 def test_every_command_is_one_that_can_be_given() -> None:
-    commands = re.findall(r"^    python -m benchmarks (\w+)(?: (\w+))?", TEXT, re.MULTILINE)
+    commands = re.findall(r"^python -m benchmarks (\w+)(?: (\w+))?", TEXT, re.MULTILINE)
     assert {name for name, _ in commands} == {"studies", "advising", "skip"} <= set(BENCHMARKS)
     assert {study for name, study in commands if name == "studies"} == set(STUDIES)
 
