@@ -36,7 +36,7 @@ NETWORKS = [
     pytest.param("resnet18", marks=pytest.mark.slow),
     pytest.param("mobilenet_v2", marks=[pytest.mark.slow, pytest.mark.long]),
     pytest.param("resnet50", marks=[pytest.mark.slow, pytest.mark.long]),
-    pytest.param("densenet121", marks=pytest.mark.slow),
+    pytest.param("densenet121", marks=[pytest.mark.slow, pytest.mark.long]),
 ]
 
 

@@ -39,7 +39,7 @@ ODD: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**63, 2**64 - 1, -(2**63), 10**40, 0.5, 1e308, "", "../../x", "/etc/passwd", "a/b",
     "base.onnx", "\0", "x" * 5000, [], {}, [[[]]], [2**62] * 4, {"a": {}},
 ]  # fmt: skip
-SOME = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOME = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

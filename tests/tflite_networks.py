@@ -97,7 +97,7 @@ def unet(up: str) -> Callable[[], nn.Module]:
 
 
 # Built of nothing that the others are not built of.
-LARGER = ("resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "regnet_y_400mf")
+LARGER = ("resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_large", "regnet_y_400mf", "densenet121")
 NETWORKS = {
     "resnet18 with CIFAR stem": Tried(cifar_resnet, 32, 33),
     "resnet18": Tried(torchvision("resnet18"), 64, 36),
