@@ -12,6 +12,7 @@ import { writeNpz } from "./npz.js";
 
 const byId = (id) => document.getElementById(id);
 const SECOND = 1000;
+const BETWEEN_DRAWINGS = 250; // milliseconds
 let worker, site, manifest, gallery, drawing;
 let run = null; // what is known of the training that runs, or ran last
 let unsaved = false;
@@ -40,7 +41,7 @@ const HANDLERS = {
 };
 
 function opened(message) {
-  byId("not-started").remove();
+  byId("not-started")?.remove();
   if (manifest) return; // a worker that was started anew
   ({ site, manifest } = message);
   const [channels, height, width] = manifest.input.shape;
@@ -72,7 +73,7 @@ function imagesChanged() {
   byId("counts").replaceChildren(labels.length ? `${labels.length} images of ${new Set(labels).size} classes.` : "No images yet.");
   if (absent) byId("counts").append(notice("warning", absent));
   for (const id of ["save-images", "remove-all"]) byId(id).disabled = !labels.length;
-  unsaved ||= labels.length > 0;
+  unsaved = labels.length > 0 || Boolean(run?.after);
 }
 
 function begin() {
@@ -82,10 +83,9 @@ function begin() {
   const wrong = refusal(labels, manifest.class_names);
   byId("training-notes").replaceChildren(...(wrong ? [notice("problem", wrong)] : memoryWarning(settings)));
   if (wrong) return;
-  run = { settings, losses: [], started: null };
+  run = { settings, losses: [], started: null, drawn: 0 };
   const pixels = gallery.pixels();
   worker.postMessage({ kind: "train", pixels, labels: Int32Array.from(labels), settings }, [pixels.buffer]);
-  byId("result").hidden = byId("chart").hidden = true;
   running(true);
   progress("Preparing", null);
 }
@@ -128,7 +128,9 @@ function step({ epoch, step, steps, loss, milliseconds }) {
   const left = Math.round(((performance.now() - run.started) / step) * (steps - step) / SECOND);
   progress(`Epoch ${epoch} of ${run.settings.epochs}, step ${step} of ${steps}, loss ${loss.toPrecision(3)}, ${Math.round(milliseconds)} ms per step, about ${left} s left`, step / steps);
   if (step % perEpoch === 0) byId("progress-live").textContent = `Epoch ${epoch} of ${run.settings.epochs} is done.`;
-  if (step > 1 && (step % perEpoch === 0 || step % 5 === 0)) drawLosses(byId("chart"), run.losses, perEpoch, steps);
+  if (performance.now() - run.drawn < BETWEEN_DRAWINGS || step === 1) return;
+  run.drawn = performance.now();
+  drawLosses(byId("chart"), run.losses, perEpoch, steps);
 }
 
 function done(message) {
@@ -151,7 +153,7 @@ function saved({ name, bytes, overflowed, saturated }) {
   byId("result-notes").replaceChildren(notice("good", `${name}: ${size(bytes.length)}, saved where this browser keeps downloads.`), ...losses.map((text) => notice("warning", text)));
 }
 
-function failed({ during, text, expected }) {
+function failed({ during, text, expected, fatal }) {
   const said = expected === false ? `Something went wrong in this page: ${text}. Your images are still here.` : text;
   if (during === "open") {
     byId("not-started")?.remove();
@@ -161,9 +163,15 @@ function failed({ during, text, expected }) {
     byId("result-notes").replaceChildren(notice("problem", said));
   } else {
     ended(notice("problem", said));
-    worker.terminate(); // an engine without memory cannot go on
-    startWorker();
+    if (fatal) anew();
   }
+}
+
+/** An engine that failed may have no memory left: another one begins from nothing. */
+function anew() {
+  worker.terminate();
+  byId("result").hidden = true; // its files went with the worker
+  startWorker();
 }
 
 function togglePause() {

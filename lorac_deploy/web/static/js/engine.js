@@ -184,6 +184,7 @@ export class Engine {
       executionProviders: [device],
       externalData: [{ path: BASE, data: this.#files.get(BASE) }],
       graphOptimizationLevel: "all",
+      logSeverityLevel: 3,
     };
     try {
       const session = await this.#ort(device).InferenceSession.create(this.#files.get(name), options);

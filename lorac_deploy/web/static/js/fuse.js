@@ -85,7 +85,7 @@ function plusDelta(weight, adapter, state) {
   const columns = cIn * kW;
   const perPair = (cOut * kH) / adapter.pairs;
   const result = new Float32Array(weight.length);
-  const product = new Float64Array(columns);
+  const product = new Float32Array(columns); // rounds each sum, as a fused multiply-add in float32 does
   for (let row = 0; row < cOut * kH; row++) {
     rowOfProduct(product, a, b, row, adapter.rank, Math.floor(row / perPair));
     for (let column = 0; column < columns; column++) {

@@ -1,6 +1,6 @@
 // Random numbers as numpy draws them: SeedSequence, PCG64 and Generator.permutation.
 // The same seed gives the same order of images as `lorac-finetune`.
-// Sources: M. E. O'Neill, "PCG" (2014), XSL RR 128/64; numpy.random.SeedSequence; D. Lemire, arXiv 1805.10941.
+// Sources: M. E. O'Neill, "PCG" (2014), XSL RR 128/64; numpy.random.SeedSequence.
 
 const MASK64 = (1n << 64n) - 1n;
 const MASK128 = (1n << 128n) - 1n;
@@ -86,13 +86,13 @@ export class Generator {
     return value & 0xffffffffn;
   }
 
-  /** A whole number from 0 to `largest`, all equally likely. */
+  /** A whole number from 0 to `largest` (at most 2^32 - 1), all equally likely: too large ones are drawn again. */
   upTo(largest) {
-    const count = BigInt(largest) + 1n;
-    const threshold = (0x100000000n - count) % count;
-    let product = this.#next32() * count;
-    while ((product & 0xffffffffn) < threshold) product = this.#next32() * count;
-    return Number(product >> 32n);
+    const mask = 2 ** (32 - Math.clz32(largest)) - 1;
+    for (;;) {
+      const value = (Number(this.#next32()) & mask) >>> 0;
+      if (value <= largest) return value;
+    }
   }
 
   /** The numbers 0 to count - 1 in random order. */

@@ -34,11 +34,11 @@ function shownDevices() {
 
 /** The settings as they stand, or null with the first wrong field shown to the user. */
 export function readSettings(form, training) {
+  form.elements.lr.setCustomValidity("");
   if (!form.reportValidity()) return null;
   const given = Object.fromEntries(new FormData(form));
   const found = { warmup: training.warmup, device: given.device ?? "wasm" };
   for (const { name } of FIELDS) found[name] = Number(given[name]);
-  const rate = form.elements.lr;
-  rate.setCustomValidity(found.lr > 0 ? "" : "The learning rate must be above 0.");
+  form.elements.lr.setCustomValidity(found.lr > 0 ? "" : "The learning rate must be above 0.");
   return form.reportValidity() ? found : null;
 }

@@ -3,13 +3,13 @@
 
 import { split } from "./data.js";
 import { Engine, graphs } from "./engine.js";
-import { PageError, SiteError } from "./errors.js";
+import { EngineError, PageError, SiteError } from "./errors.js";
 import { fused } from "./fuse.js";
 import { engineFor, loadEngine } from "./ort.js";
 import { read, write } from "./safetensors.js";
 import { checked, jsonOf } from "./site.js";
-import { agreement, requireGpu } from "./webgpu.js";
 import { evaluate, train } from "./training.js";
+import { agreement, requireGpu } from "./webgpu.js";
 
 const FILES = new Map();
 let site, manifest, start, engine, result;
@@ -39,7 +39,7 @@ async function load(names) {
 }
 
 async function begin({ pixels, labels, settings }) {
-  [result, stopped, paused] = [null, false, null];
+  [stopped, paused] = [false, null];
   await engine?.close();
   const data = { pixels, labels };
   const parts = split([...labels], settings.val_fraction, settings.seed);
@@ -162,7 +162,9 @@ addEventListener("message", async ({ data }) => {
   try {
     await VERBS[data.kind](data);
   } catch (error) {
-    say("failed", { during: data.kind, expected: error instanceof PageError, text: error?.message ?? String(error) });
+    const expected = error instanceof PageError;
+    const fatal = !expected || error instanceof EngineError;
+    say("failed", { during: data.kind, expected, fatal, text: error?.message ?? String(error) });
   }
 });
 say("ready");
