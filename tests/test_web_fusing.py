@@ -89,7 +89,6 @@ def test_fused_files_are_those_of_the_runtime(page: Any, home: Path, name: str) 
         found, expected = base64.b64decode(text), (home / f"{name}-{file}").read_bytes()
         assert (len(found), overflowed, tuple(saturated)) == (len(expected), report.overflowed, report.saturated)
         assert found != (folder / file).read_bytes()
-        print("EQ", name, file, found == expected)
         if found != expected:  # sums of another matrix product: the last digit of some numbers
             _assert_last_digits(found, expected, [p for p in manifest.patches if p.file == file])
 
