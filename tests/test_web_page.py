@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from small_artifacts import NAMES, SPEC, export, network
 from torch import nn
 from web_pages import ISOLATED, noisy_images, onnxruntime_web, served
 
+from lorac_deploy import cli
+from lorac_deploy.web import engine_files
 from lorac_deploy.web.site import write_site
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.adapter import check_adapter, load_adapter
@@ -365,3 +369,22 @@ def test_every_control_has_a_name(opened: Opened, home: Path) -> None:
         "(all) => all.filter((e) => !(e.ariaLabel || e.innerText?.trim() || e.labels?.length)).map((e) => e.id)"
     )
     assert nameless == []
+
+
+def test_the_documented_command_writes_a_page(
+    home: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = re.findall(r"^```sh\n(.*?)^```$", (root / "docs" / "browser.md").read_text(encoding="utf-8"), re.M | re.S)[
+        0
+    ]
+    line = block.splitlines()[0]
+    cache = tmp_path / "lorac-deploy"
+    cache.mkdir()
+    (cache / engine_files.cache().name).symlink_to(onnxruntime_web(root))
+    (tmp_path / "artifact").symlink_to(home / "whole")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    program, *argv = shlex.split(line)
+    assert program == "lorac-deploy"
+    assert cli.main(argv) == 0
+    assert (tmp_path / "site" / "index.html").is_file()

@@ -168,7 +168,7 @@ def test_without_npm_or_with_a_failing_one_the_message_says_what_to_do(
     with pytest.raises(EngineError, match="failed: no network"):
         engine_files.found()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match="there is no npm here.*--onnxruntime-web"):
+    with pytest.raises(EngineError, match=r"there is no npm here.*--onnxruntime-web"):
         engine_files.found()
 
 

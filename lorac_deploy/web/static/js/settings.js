@@ -27,8 +27,8 @@ function shownField({ name, label, hint, ...attributes }, value) {
 
 function shownDevices() {
   const select = made("select", { id: "set-device", name: "device", "aria-describedby": "hint-device" });
-  select.append(made("option", { value: "wasm" }, "Processor"), made("option", { value: "webgpu" }, "Graphics (WebGPU)"));
-  const hint = "graphics: faster where there is a fast one; compared with the processor first";
+  select.append(made("option", { value: "wasm" }, "Processor"), made("option", { value: "webgpu" }, "WebGPU"));
+  const hint = "WebGPU: the graphics processor, checked first";
   return made("div", { class: "field" }, made("label", { for: "set-device" }, "Compute with"), select, made("p", { class: "hint", id: "hint-device" }, hint));
 }
 
