@@ -9,6 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 RUNTIME_PYTHONS := 3.10 3.11 3.12 3.13
 DEV := .venv/.installed
 DEVICES := .envs/device/.installed .envs/device-training/.installed
+# What the page of `lorac-deploy web` computes with; only npm can fetch it, and its tests are skipped where there is none.
+WEB := .envs/web/.installed
 TFLITE := .envs/tflite-runtime/.installed .envs/litert/.installed
 # Environments of `make test-engines`: .envs/engine-PYTHON-ENGINE, ENGINE being a version of onnxruntime or "newest".
 ENGINES := 3.10-1.17.3 3.10-1.19.2 3.10-1.23.2 3.11-newest 3.13-newest
@@ -25,7 +27,7 @@ define environment
 endef
 find_python = $(or $(PYTHON),$(shell .ci/find-python 3.11))
 
-.PHONY: help dev device-env tflite-env demo test test-long test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs site dist clean
+.PHONY: help dev device-env tflite-env web-env demo test test-long test-realdata test-kills fuzz test-arm test-runtime test-engines check format docs site dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,11 +38,13 @@ device-env: $(DEVICES)  ## create .envs/device and .envs/device-training: the ru
 
 tflite-env: $(TFLITE)  ## create .envs/tflite-runtime and .envs/litert: the two runtimes that every .tflite file is tested on
 
+web-env: $(WEB)  ## fetch onnxruntime-web with npm into .envs/web, for tests of the page
+
 demo: $(DEV) $(DEVICES)  ## run the whole loop on handwritten digits with both engines and write demo/
 	.venv/bin/python -m lorac_deploy.demo --device-python .envs/device/bin/python \
 	    --training-python .envs/device-training/bin/python --out demo
 
-test: $(DEV) $(TFLITE) .envs/device/.installed  ## run all tests but long ones and studies on real data
+test: $(DEV) $(TFLITE) .envs/device/.installed $(if $(shell command -v npm),$(WEB))  ## run all tests but long ones and studies on real data
 	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not (realdata and slow) and not long"
 
 test-long: $(DEV)  ## run what is left out there: more networks, layouts and seeds of what it tries already
@@ -106,6 +110,11 @@ $(DEV): pyproject.toml runtime/pyproject.toml $(VERSION)
 
 .envs/litert/.installed:
 	$(call environment,.envs/litert,$(find_python),"ai-edge-litert==2.3.0")
+
+# The version and its hashes stand in that module. Without a network the tests of the page are skipped, by name.
+.envs/web/.installed: lorac_deploy/web/engine_files.py $(DEV)
+	@rm -f $@
+	@.venv/bin/python -m lorac_deploy.web.engine_files .envs/web && touch $@ || echo "no onnxruntime-web in .envs/web"
 
 # What a device gets is tested as it gets it: .ci/test-runtime puts the newest wheel into environments that are there.
 WHEEL := .envs/wheel/.installed

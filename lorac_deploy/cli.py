@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
         "lorac_deploy.commands.export", "write an artifact's network as a TFLite or ONNX file, an adapter fused into it"
     ),
     "bundle": Command("lorac_deploy.commands.bundle", "pack the runtime and an artifact into one file for a device"),
+    "web": Command("lorac_deploy.commands.web", "write a static page that adapts the model in a browser"),
     "sign": Command("lorac_deploy.commands.sign", "sign an artifact, for devices that take no others"),
     "import": Command("lorac_deploy.commands.import_adapter", "make an adapter of PEFT, loralib or others one of ours"),
     "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),

@@ -12,7 +12,10 @@ from docs_workspaces import PAGES, Page
 from documented import Block, blocks, command, inside, parsed, run, shell_reads
 from shared_export import export_graph
 
-RUN_ELSEWHERE = {"tutorial.md": "test_tutorial.py"}  # by page: the file of tests that runs its blocks
+RUN_ELSEWHERE = {
+    "browser.md": "test_web_page.py",
+    "tutorial.md": "test_tutorial.py",
+}  # by page: the file of tests that runs its blocks
 OTHER_PROGRAMS = {"pip", "python3", "python3.11", "source", "sudo", "uname", "scp", "journalctl"}
 MARK = "not run"
 

@@ -114,7 +114,9 @@ def test_each_wheel_holds_its_packages_and_nothing_else(wheels: dict[str, zipfil
 def test_every_module_and_the_type_marker_is_packed(
     wheels: dict[str, zipfile.ZipFile], root: Path, distribution: str, package: str, folder: str
 ) -> None:
-    sources = {*(root / folder).rglob("*.py"), root / folder / "py.typed"}
+    page = [path for path in (root / folder / "web" / "static").rglob("*") if path.is_file()]
+    sources = {*(root / folder).rglob("*.py"), root / folder / "py.typed", *page}
+    assert bool(page) == (package == "lorac_deploy")
     expected = {f"{package}/{path.relative_to(root / folder).as_posix()}" for path in sources}
     assert expected == {n for n in wheels[distribution].namelist() if n.startswith(f"{package}/")}
 
