@@ -7,6 +7,7 @@ the standardized weight, for only a weight that is stored can be adapted and pat
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -61,7 +62,7 @@ def make(name: str, channels: int, classes: int) -> nn.Module:
 
     Raises ValueError where timm cannot give it such a head or so many channels.
     """
-    return plain(_create(name, channels=channels, classes=classes))
+    return stem_first(plain(_create(name, channels=channels, classes=classes)), (channels, *size(name)))
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -74,6 +75,45 @@ def plain(module: nn.Module) -> nn.Module:
         if type(part).__name__ in _STANDARDIZED and type(part) is getattr(layers, type(part).__name__):
             _store_standardized(cast(nn.Conv2d, part), layers.Conv2dSame)
     return module
+
+
+class _StemFoundError(Exception):
+    """Ends a forward pass where its first convolution begins."""
+
+
+def stem_first(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
+    """``module`` itself; the convolution that it calls first is the first it defines, which is how a stem is known.
+
+    Blocks of several branches (MobileOne) call them in another order than they define them. Names stay.
+    """
+    found: list[nn.Module] = []
+
+    def begin(part: nn.Module, _: object) -> None:
+        found.append(part)
+        raise _StemFoundError
+
+    convs = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    handles = [part.register_forward_pre_hook(begin) for part in convs]
+    try:
+        with torch.no_grad(), contextlib.suppress(_StemFoundError):
+            module(torch.zeros(1, *shape, device=next(module.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for part in found:
+        _move_to_front(module, part)
+    return module
+
+
+def _move_to_front(module: nn.Module, wanted: nn.Module) -> None:
+    """Along the way to ``wanted``, but where the order of parts is the order of calls."""
+    path = next(name for name, part in module.named_modules() if part is wanted).split(".")
+    for depth, leaf in enumerate(path):
+        parent = module.get_submodule(".".join(path[:depth]))
+        if not isinstance(parent, nn.Sequential | nn.ModuleList):
+            others = [name for name in parent._modules if name != leaf]
+            for name in others:
+                parent._modules[name] = parent._modules.pop(name)
 
 
 def pretrained(name: str) -> dict[str, Tensor]:

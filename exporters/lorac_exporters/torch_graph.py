@@ -61,6 +61,7 @@ def _trace(
     sample = torch.zeros(2, *input_shape)  # a batch of 1 would be baked in as a constant
     batch = torch.export.Dim("batch")
     program = torch.export.export(module, (sample,), dynamic_shapes=({0: batch},), strict=False)
+    _pool_by_mean(program)
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -73,6 +74,17 @@ def _trace(
     if exported is None:
         raise RuntimeError("torch.onnx.export returned no model")
     return program, exported.model
+
+
+def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
+    """Global average pooling as the mean that it is, in place.
+
+    PyTorch's own way to write it out gives the result of a channels-last map other strides, which ONNX has no word for:
+    a Gather over the batch, which cannot be trained through.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
 
 
 def _check_signature(model: ir.Model) -> None:
