@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lorac_deploy.lora_layers import LoraLayer
 from lorac_deploy.partial_layers import PartialLayer
 from lorac_deploy.structure import shared_weights, tensor_name
-from lorac_deploy.timm_layers import behind_norm
+from lorac_deploy.timm_layers import behind_norm, is_traceable
 from lorac_exporters.plan import Norm
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.folding import fold_conv
@@ -120,7 +120,8 @@ def is_folded(module: nn.Module) -> bool:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _ConvNd | nn.Linear | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, _ConvNd | nn.Linear | _BatchNorm) or not is_traceable(type(m))
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _called(node: fx.Node, layers: dict[str, nn.Module], kind: type[Any] | tuple[type[Any], ...]) -> bool:

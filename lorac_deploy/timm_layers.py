@@ -42,6 +42,16 @@ def behind_norm(norm: nn.Module) -> nn.Module:
     return nn.Sequential(own.drop, own.act)
 
 
+def is_traceable(kind: type[nn.Module]) -> bool:
+    """Whether torch.fx can look inside a layer of class ``kind``, as far as timm says.
+
+    >>> is_traceable(nn.ReLU)
+    True
+    """
+    layers: Any = sys.modules.get("timm.layers")
+    return layers is None or not layers.is_notrace_module(kind)
+
+
 def sister_class(made: type[Any], kind: type[nn.Module]) -> type[Any]:
     """``made``, a class of ours beside a class of PyTorch, as it is beside timm's ``kind``; `plain_class` undoes it.
 

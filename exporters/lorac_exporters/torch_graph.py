@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac_exporters.graph_tools import array
 from lorac_runtime.errors import ConversionError, listed
@@ -62,6 +64,7 @@ def _trace(
     batch = torch.export.Dim("batch")
     program = torch.export.export(module, (sample,), dynamic_shapes=({0: batch},), strict=False)
     _pool_by_mean(program)
+    program = _without_scatters(program)
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -85,6 +88,41 @@ def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
             node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
+
+
+def _without_scatters(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """What is written into a slice in place (``x[:, :8] += y``, GhostNet), joined of its parts.
+
+    The exporter would write ScatterND, through which nothing can be trained.
+    """
+    if not any(_writes_into_slice(node) for node in program.graph.nodes):
+        return program
+    written = program.run_decompositions({torch.ops.aten.slice_scatter.default: _slice_written})
+    return cast(torch.export.ExportedProgram, written)
+
+
+def _writes_into_slice(node: torch.fx.Node) -> bool:
+    written = node.args[0] if node.args else None
+    return isinstance(written, torch.fx.Node) and _name(node).endswith("_") and _name(written) == "slice"
+
+
+def _name(node: torch.fx.Node) -> str:
+    """Of the operator that a node calls: "add_" of aten.add_.Tensor."""
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+
+
+def _slice_written(
+    whole: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """``whole`` with ``part`` in the place of ``whole[start:end]`` along an axis."""
+    if step != 1:
+        return cast(Tensor, NotImplemented)
+    size = whole.shape[dim]
+    if not start and (end is None or end >= sys.maxsize):
+        return part
+    first, last = (slice(start, end).indices(size))[:2]
+    before, after = whole.narrow(dim, 0, first), whole.narrow(dim, last, size - last)
+    return torch.cat([piece for piece in (before, part, after) if piece.shape[dim]], dim)
 
 
 def _check_signature(model: ir.Model) -> None:
