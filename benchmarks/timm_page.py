@@ -16,7 +16,7 @@ in PyTorch, the training artifact exported, one step with the engine `onnxruntim
 asked whether it is a drop-in.
 
 - **step** is the largest distance of the change of any trained tensor from PyTorch's in float64, relative to that
-  change, and in brackets that of PyTorch's own float32. It is the least of up to four batches: on one, rounding
+  change, and in brackets that of PyTorch's own float32. It is the least of up to eight images: on one, rounding
   may flip a ReLU that is nearly zero, whose gradient jumps; a wrong gradient is wrong on all. A step counts as equal
   up to {float32:.0e}, or {times:g} times PyTorch's own float32 error, with a loss equal to {float32:.0e}.
 - **fused** is the verdict of `verify` on the fused file.

@@ -36,8 +36,8 @@ from lorac_runtime.errors import LoracDeployError
 from lorac_runtime.manifest import InputSpec, Manifest, TrainingDefaults
 from lorac_runtime.patch import fuse
 
-CLASSES, BATCH = 10, 4
-BATCHES = 4  # on one, rounding may flip a ReLU, of which the gradient jumps; a wrong gradient is wrong on all
+CLASSES, BATCH = 10, 1
+BATCHES = 8  # on one, rounding may flip a ReLU, of which the gradient jumps; a wrong gradient is wrong on all
 LORA = LoraConfig(rank=2)
 RATE = 1000.0  # so large that a change outweighs the rounding of the tensor it is added to
 SGD = TrainingDefaults(optimizer="sgd", clip_norm=0.0, momentum=0.0, weight_decay=0.0)

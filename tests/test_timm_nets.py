@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from benchmarks.timm_row import Row
 from benchmarks.timm_way import go
 from lorac_deploy import timm_nets
 from lorac_deploy.checkpoint import load_checkpoint
-from lorac_deploy.commands.train import main
+from lorac_deploy.commands.train import main, parser
 from lorac_deploy.models import ModelSpec, build, load_imagenet, load_weights
 from lorac_deploy.structure import describe
 from lorac_exporters.engine_files import chosen
@@ -156,6 +158,18 @@ def test_only_timms_networks_say_what_their_weights_were_trained_on(
     with pytest.raises(SystemExit):
         main(["--data", "digits", "--model", "resnet20", option, "model", "--out", str(tmp_path)])
     assert f"{option} model goes with one of timm's networks: --model timm/NAME" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_are_commands_and_those_without_downloads_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?: {4})?lorac-deploy train .*$", text, re.MULTILINE)
+    parsed = [parser().parse_args(shlex.split(line)[2:]).model for line in lines]
+    assert parsed == [SMALL, "timm/mobilenetv4_conv_small", "timm/resnet18.a1_in1k"]
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(lines[0])[2:]) == 0
+    assert load_checkpoint(Path("base")).spec.name == SMALL
 
 
 def test_it_goes_the_whole_way() -> None:
