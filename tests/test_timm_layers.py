@@ -20,6 +20,7 @@ from lorac_deploy.lora import LoraConfig, attach, detach, fuse
 from lorac_deploy.lora_layers import LayerAdapter, LoraConv2d, adapt, merge
 from lorac_deploy.partial_layers import release_channels, take_channels
 from lorac_deploy.shared_batchnorm import shared_statistics
+from lorac_exporters.inject import count_parameters
 from lorac_runtime.manifest import Partial
 
 layers: Any = pytest.importorskip("timm.layers")
@@ -82,8 +83,15 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 def test_a_step_through_it_is_pytorchs(name: str) -> None:
     torch.manual_seed(0)
     net = timm_nets.stem_first(around(BLOCKS[name]()), SHAPE)
-    small = "frozen" if name == "blur pooling" else "adapter"  # in a graph its fixed filter is a convolution as any
-    check_steps(sample(net, SHAPE, 4), Case(SGD, lora=LoraConfig(rank=2, small_layers=small)))
+    check_steps(sample(net, SHAPE, 4), Case(SGD, lora=LoraConfig(rank=2, small_layers="adapter")))
+
+
+def test_the_filter_of_blur_pooling_is_no_parameter_and_never_trains() -> None:
+    torch.manual_seed(0)
+    given = sample(around(layers.BlurPool2d(8)), SHAPE, 4)
+    graphs = check_steps(given, Case(SGD, method="full"))
+    assert ("1.filt", "its weight is a fixed filter, no parameter of the network") in graphs.plan.frozen
+    assert count_parameters(graphs.original) == sum(p.numel() for p in given.net.parameters())
 
 
 def test_a_standardizing_convolution_becomes_a_plain_one_with_the_same_outputs_and_steps() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import sys
 import warnings
@@ -20,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lorac_exporters.graph_tools import array
+from lorac_exporters.graph_tools import FILTERS, array, name_of, nodes_of
 from lorac_runtime.errors import ConversionError, listed
 
 OPSET = 18
@@ -54,6 +55,7 @@ def export_graph(
         ) from err
     _check_signature(model)
     _check_values(model, twin, program)
+    _note_filters(model, twin)
     return model
 
 
@@ -146,6 +148,14 @@ def _check_values(model: ir.Model, module: nn.Module, program: torch.export.Expo
             problems.append(f"{name} {_difference(found, expected)}")
     if problems:
         raise ConversionError(listed("the exported graph differs from the module's state dict:", problems))
+
+
+def _note_filters(model: ir.Model, module: nn.Module) -> None:
+    """Buffers that are weights of convolutions (blur pooling) must not train: the metadata says which."""
+    weights = {name_of(node.inputs[1]) for node in nodes_of(model.graph, "Conv")}
+    filters = sorted(name for name, _ in module.named_buffers() if name in weights)
+    if filters:
+        model.metadata_props[FILTERS] = json.dumps(filters)
 
 
 def _used_names(program: torch.export.ExportedProgram) -> set[str]:
