@@ -13,9 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.interpreters import ROOT
@@ -73,9 +71,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measured(names: Sequence[str], known: dict[str, tuple[str, int]], workers: int) -> Iterable[Row]:
-    """As they are done. A process dies with its network, so that memory of one is not kept for the next."""
+    """As they are done. A process ends after a few networks, so that their memory is not kept."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=8) as pool:
-        started = {pool.submit(measure, name, *known[name]): time.perf_counter() for name in names}
-        for future in as_completed(started):
-            yield future.result()
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=4) as pool:
+        yield from pool.imap_unordered(_measure, [(name, *known[name]) for name in names])
+
+
+def _measure(case: tuple[str, str, int]) -> Row:
+    return measure(*case)
