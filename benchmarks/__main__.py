@@ -21,6 +21,7 @@ BENCHMARKS = {
     "skip": "Skip2-LoRA: fine-tuning with skip adapters and a cache beside LoRA on all layers, accuracy and time",
     "setup": "make the Python environments that other benchmarks need",
     "startup": "seconds from starting the process to the end of the first step, beside PyTorch",
+    "timm": "which of timm's convolutional nets attach, export, step as PyTorch does, fuse (docs/timm.md)",
     "studies": "the papers' comparisons of methods on real data, each a grid for lorac-deploy study",
 }
 

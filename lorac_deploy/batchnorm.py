@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorac_deploy.lora_layers import recast
 from lorac_deploy.structure import tensor_name
+from lorac_deploy.timm_layers import base_of, plain_class, sister_class
 from lorac_runtime.errors import DataError, listed
 from lorac_runtime.manifest import BN_POLICIES, BnPolicy
 
@@ -46,7 +47,6 @@ _CONSTANT: dict[type[_BatchNorm], type[_Constant]] = {
     nn.BatchNorm2d: ConstantBatchNorm2d,
     nn.BatchNorm3d: ConstantBatchNorm3d,
 }
-_PLAIN: dict[type[_BatchNorm], type[_BatchNorm]] = {constant: plain for plain, constant in _CONSTANT.items()}
 
 
 def apply_policy(module: nn.Module, policy: BnPolicy) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def apply_policy(module: nn.Module, policy: BnPolicy) -> tuple[str, ...]:
     layers = _layers(module)
     _require_freezable(layers)
     for layer in layers.values():
-        recast(layer, _CONSTANT.get(type(layer), type(layer))).eval()
+        recast(layer, _constant_class(type(layer)) or type(layer)).eval()
     return tuple(layers)
 
 
@@ -78,7 +78,8 @@ def restore_policy(module: nn.Module) -> tuple[str, ...]:
     """Make every BN layer an ordinary one again, in ``module``'s own mode; returns their names."""
     layers = _layers(module)
     for layer in layers.values():
-        recast(layer, _PLAIN.get(type(layer), type(layer))).train(module.training)
+        kind = plain_class(type(layer)) if isinstance(layer, _Constant) else type(layer)
+        recast(layer, kind).train(module.training)
     return tuple(layers)
 
 
@@ -148,10 +149,18 @@ def _layers(module: nn.Module) -> dict[str, _BatchNorm]:
     return {name: part for name, part in module.named_modules() if isinstance(part, _BatchNorm)}
 
 
+def _constant_class(kind: type[_BatchNorm]) -> type[_Constant] | None:
+    """The class that holds the statistics of such a layer constant; None where there is none."""
+    if issubclass(kind, _Constant):
+        return kind
+    made = _CONSTANT.get(cast(type[_BatchNorm], base_of(kind)))
+    return made if made is None or kind in _CONSTANT else sister_class(_Constant, kind)
+
+
 def _require_freezable(layers: dict[str, _BatchNorm]) -> None:
     problems = []
     for name, layer in layers.items():
-        if type(layer) not in _CONSTANT.keys() | _PLAIN.keys():
+        if _constant_class(type(layer)) is None:
             problems.append(f"{name} is a {type(layer).__name__}, expected nn.BatchNorm1d, 2d or 3d")
         elif layer.running_mean is None:
             problems.append(f"{name} keeps no running statistics (track_running_stats=False)")

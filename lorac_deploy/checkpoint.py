@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac_deploy.lora_layers import LoraLayer
-from lorac_deploy.models import AXES, MODELS, ModelSpec, build
+from lorac_deploy.models import AXES, ModelSpec, architecture, build
 from lorac_deploy.partial_layers import PartialLayer
 from lorac_runtime.errors import CheckpointError, listed
 from lorac_runtime.files import output_folder, staged
@@ -125,7 +125,7 @@ def _require_consistent(
 
 def _contradictions(spec: ModelSpec, input_spec: InputSpec, class_names: tuple[str, ...]) -> list[str]:
     problems = input_problems(input_spec)
-    axes = MODELS[spec.name].axes
+    axes = architecture(spec.name).axes
     if len(input_spec.shape) == axes and input_spec.shape[0] != spec.channels:
         problems.append(f"input: {input_spec.shape[0]} channels, the model takes {spec.channels}")
     elif len(input_spec.shape) != axes and not problems:

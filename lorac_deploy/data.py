@@ -190,10 +190,11 @@ def with_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     )
 
 
-def input_spec(images: npt.NDArray[Any], normalization: str = "data") -> InputSpec:
+def input_spec(images: npt.NDArray[Any], normalization: str | Statistics = "data") -> InputSpec:
     """How a network is to see images of this shape: pixels / 255, then a mean and a std per channel.
 
-    ``normalization`` is one of `NORMALIZATIONS`, or ``data`` for the statistics of ``images`` (n, h, w, c). Signals,
+    ``normalization`` is one of `NORMALIZATIONS`, ``data`` for the statistics of ``images`` (n, h, w, c), or a mean and
+    a std for each channel of their own. Signals,
     float32 (n, channels, length), get a mean and a std per channel, those of (n, features) one for all features.
 
     >>> input_spec(np.array([[[[0]]], [[[255]]]], np.uint8)).mean
@@ -201,14 +202,16 @@ def input_spec(images: npt.NDArray[Any], normalization: str = "data") -> InputSp
     >>> input_spec(np.array([[[1, 3]], [[5, 7]]], np.float32)).mean
     (4.0,)
 
-    Raises ValueError for another name, or a named one with images of one channel or with signals.
+    Raises ValueError for another name, or known statistics with images of one channel or with signals.
     """
     if images.dtype != np.uint8:
         return _signal_spec(images, normalization)
     height, width, channels = images.shape[1:]
     if normalization == "data":
         mean, std = _statistics(images)
-    elif normalization in NORMALIZATIONS and channels == 3:
+    elif isinstance(normalization, tuple) and channels == len(normalization[0]):
+        mean, std = normalization
+    elif isinstance(normalization, str) and normalization in NORMALIZATIONS and channels == 3:
         mean, std = NORMALIZATIONS[normalization]
     else:
         known = ", ".join(["data", *NORMALIZATIONS])
@@ -219,7 +222,7 @@ def input_spec(images: npt.NDArray[Any], normalization: str = "data") -> InputSp
     return InputSpec(name="input", shape=(channels, height, width), scale=1 / 255, mean=mean, std=std)
 
 
-def _signal_spec(samples: npt.NDArray[np.float32], normalization: str) -> InputSpec:
+def _signal_spec(samples: npt.NDArray[np.float32], normalization: str | Statistics) -> InputSpec:
     if normalization != "data":
         raise ValueError(f"normalization {normalization!r} is one of images; signals have their own statistics: data")
     axes = None if samples.ndim == 2 else (0, 2)

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lorac_deploy.lora_layers import LoraLayer
 from lorac_deploy.partial_layers import PartialLayer
 from lorac_deploy.structure import shared_weights, tensor_name
+from lorac_deploy.timm_layers import behind_norm, is_traceable
 from lorac_exporters.plan import Norm
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.folding import fold_conv
@@ -82,8 +83,8 @@ def norm_layers(module: nn.Module) -> tuple[Norm, ...]:
 def fold_batchnorm(module: nn.Module, *, pairs: Mapping[str, str] | None = None) -> nn.Module:
     """A new network in evaluation mode, every BN that follows a convolution folded into it; same outputs.
 
-    The convolutions get a bias, the BN layers become nn.Identity. ``pairs`` (BN layer -> convolution) is needed only
-    where `conv_bn_pairs` cannot find them. There is no way back.
+    The convolutions get a bias; the BN layers become nn.Identity, or what those of timm do after that. ``pairs``
+    (BN layer -> convolution) is needed only where `conv_bn_pairs` cannot find them. There is no way back.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).eval()
     >>> sorted(fold_batchnorm(net).state_dict())
@@ -102,7 +103,7 @@ def fold_batchnorm(module: nn.Module, *, pairs: Mapping[str, str] | None = None)
                 f"{type(conv).__name__}"
             )
         _fold(conv, bn)
-        folded.set_submodule(bn_name, nn.Identity())
+        folded.set_submodule(bn_name, behind_norm(bn))
     vars(folded)[_FOLDED] = True
     return folded
 
@@ -119,7 +120,8 @@ def is_folded(module: nn.Module) -> bool:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _ConvNd | nn.Linear | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, _ConvNd | nn.Linear | _BatchNorm) or not is_traceable(type(m))
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _called(node: fx.Node, layers: dict[str, nn.Module], kind: type[Any] | tuple[type[Any], ...]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lorac_deploy.timm_layers import base_of, plain_class, sister_class
 from lorac_runtime.delta import Layout, adapter_shapes, delta
 
 Plain = nn.Conv1d | nn.Conv2d | nn.Linear
@@ -152,6 +153,16 @@ ADAPTED: dict[type[nn.Module], type[LoraLayer]] = {
 }
 
 
+def adapted_class(kind: type[nn.Module]) -> type[LoraLayer] | None:
+    """What a layer of class ``kind`` becomes with an adapter; None where it takes none.
+
+    >>> adapted_class(nn.Conv2d).__name__, adapted_class(nn.ReLU)
+    ('LoraConv2d', None)
+    """
+    made = ADAPTED.get(base_of(kind))
+    return made if made is None or kind in ADAPTED else sister_class(made, kind)
+
+
 def adapt(layer: Plain, adapter: LayerAdapter, *, generator: torch.Generator | None = None) -> LoraLayer:
     """Turn ``layer`` into its `LoraLayer` class **in place**; `release` undoes it.
 
@@ -165,9 +176,10 @@ def adapt(layer: Plain, adapter: LayerAdapter, *, generator: torch.Generator | N
 
     Raises TypeError for anything but a plain nn.Conv1d, nn.Conv2d or nn.Linear.
     """
-    if type(layer) not in ADAPTED:
+    made = adapted_class(type(layer))
+    if made is None:
         raise TypeError(f"only plain nn.Conv1d, nn.Conv2d and nn.Linear take an adapter, got {type(layer).__name__}")
-    adapted: LoraLayer = recast(layer, ADAPTED[type(layer)])
+    adapted: LoraLayer = recast(layer, made)
     shape_a, shape_b = adapter_shapes(tuple(layer.weight.shape), adapter.rank, adapter.pairs)
     bound = 1 / math.sqrt(shape_a[1])
     lora_a = torch.empty(shape_a).uniform_(-bound, bound, generator=generator)
@@ -188,8 +200,7 @@ def release(layer: LoraLayer) -> Plain:
     (<class 'torch.nn.modules.conv.Conv2d'>, ['bias', 'weight'])
     """
     del layer.lora_a, layer.lora_b, layer.lora_alpha, layer.adapter
-    plain = {lora: plain for plain, lora in ADAPTED.items()}[type(layer)]
-    return cast(Plain, recast(layer, plain))
+    return cast(Plain, recast(layer, plain_class(type(layer))))
 
 
 def merge(layer: LoraLayer) -> Plain:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac_deploy import _torchvision
+from lorac_deploy import _torchvision, timm_nets
 from lorac_deploy.cifar_resnets import CifarResNet
 from lorac_deploy.signal_nets import Cnn1d, Mlp
 from lorac_deploy.structure import describe, find_head
@@ -26,6 +26,7 @@ __all__ = [
     "Architecture",
     "LoadReport",
     "ModelSpec",
+    "architecture",
     "build",
     "load_imagenet",
     "load_weights",
@@ -41,8 +42,8 @@ AXES = {1: "(features,)", 2: "(channels, length)", 3: "(channels, height, width)
 class ModelSpec:
     """All it takes to build a network again.
 
-    ``name`` is one of `MODELS`. ``cifar_stem`` swaps the stem for one that keeps the resolution of small images:
-    stride 1, no max-pooling. ``channels`` is the number of input channels, or of features.
+    ``name`` is one of `MODELS`, or ``timm/NAME``. ``cifar_stem`` swaps the stem for one that keeps the resolution of
+    small images: stride 1, no max-pooling. ``channels`` is the number of input channels, or of features.
 
     Raises ValueError for a name, a count or a combination that does not exist.
     """
@@ -53,16 +54,15 @@ class ModelSpec:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.name not in MODELS:
-            raise ValueError(f"model {self.name!r} is not known; choose one of {', '.join(MODELS)}")
+        known = architecture(self.name)
         if self.classes < 1 or self.channels < 1:
             raise ValueError(
                 f"{self.name} needs at least one class and one input channel, got {self.classes} and {self.channels}"
             )
-        if self.cifar_stem and MODELS[self.name].small_stem is None:
+        if self.cifar_stem and known.small_stem is None:
             able = ", ".join(name for name, architecture in MODELS.items() if architecture.small_stem)
             raise ValueError(
-                f"{self.name} has no CIFAR stem to swap in ({MODELS[self.name].why_no_small_stem}); "
+                f"{self.name} has no CIFAR stem to swap in ({known.why_no_small_stem}); "
                 f"leave the option away, or choose one of {able}"
             )
 
@@ -73,13 +73,31 @@ class Architecture:
 
     ``axes`` of a sample: 3 of an image, (channels, height, width), where ``make`` takes the number of classes and gives
     a network of 3 channels; 2 or 1 of a signal, (channels, length) or (features,), where it takes the number of
-    channels or features too, first.
+    channels or features too, first, as it does with ``any_channels``.
     """
 
     make: Callable[..., nn.Module]
     small_stem: Callable[[Any], None] | None = None
     why_no_small_stem: str = "its stem is not a single convolution with pooling that could be replaced"
     axes: int = 3
+    any_channels: bool = False
+
+
+def architecture(name: str) -> Architecture:
+    """The network called ``name``: one of `MODELS`, or of timm's as ``timm/NAME``.
+
+    Raises ValueError for a name that does not exist, or one of timm's where timm is not installed.
+    """
+    if timm_nets.is_timm(name):
+        timm_nets.require_known(name)
+        return Architecture(
+            functools.partial(timm_nets.make, name), why_no_small_stem="timm's networks keep theirs", any_channels=True
+        )
+    if name not in MODELS:
+        raise ValueError(
+            f"model {name!r} is not known; choose one of {', '.join(MODELS)}, or one of timm's: {timm_nets.PREFIX}NAME"
+        )
+    return MODELS[name]
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -87,14 +105,14 @@ def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
 
     The same spec and seed give the same numbers; the global random state is not touched.
     """
-    architecture = MODELS[spec.name]
+    known = architecture(spec.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if architecture.axes < 3:
-            return architecture.make(spec.channels, spec.classes)
-        module = architecture.make(spec.classes)
-        if spec.cifar_stem and architecture.small_stem:
-            architecture.small_stem(module)
+        if known.axes < 3 or known.any_channels:
+            return known.make(spec.channels, spec.classes)
+        module = known.make(spec.classes)
+        if spec.cifar_stem and known.small_stem:
+            known.small_stem(module)
         if spec.channels != 3:
             stem = describe(module).convs[0].name
             _swap_conv(module, stem, channels=spec.channels)
@@ -109,9 +127,10 @@ def require_axes(name: str, shape: tuple[int, ...]) -> None:
     ...
     ValueError: mlp takes samples of shape (features,), got (3, 128); for these there is cnn1d
     """
-    if MODELS[name].axes != len(shape):
-        able = ", ".join(n for n, architecture in MODELS.items() if architecture.axes == len(shape))
-        wanted = AXES[MODELS[name].axes]
+    axes = architecture(name).axes
+    if axes != len(shape):
+        able = ", ".join(n for n, other in MODELS.items() if other.axes == len(shape))
+        wanted = AXES[axes]
         raise ValueError(f"{name} takes samples of shape {wanted}, got {shape}; for these there is {able}")
 
 

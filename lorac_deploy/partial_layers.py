@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac_deploy.lora_layers import recast
+from lorac_deploy.timm_layers import base_of, plain_class, sister_class
 from lorac_runtime.manifest import Partial
 
 
@@ -79,10 +80,11 @@ def take_channels(layer: nn.Module, connections: Partial) -> PartialLayer:
 
     Raises TypeError for anything but a plain nn.Conv1d, nn.Conv2d or nn.Linear.
     """
-    if type(layer) not in PARTIAL:
+    kind = PARTIAL.get(base_of(type(layer)))
+    if kind is None:
         raise TypeError(f"only plain nn.Conv1d, nn.Conv2d and nn.Linear train in part, got {type(layer).__name__}")
     start = cast(Tensor, layer.weight).detach()[:, list(connections.channels)].clone()
-    made: PartialLayer = recast(layer, PARTIAL[type(layer)])
+    made: PartialLayer = recast(layer, kind if type(layer) in PARTIAL else sister_class(kind, type(layer)))
     made.connections, made.partial = connections, nn.Parameter(start)
     return made
 
@@ -90,8 +92,7 @@ def take_channels(layer: nn.Module, connections: Partial) -> PartialLayer:
 def release_channels(layer: PartialLayer) -> nn.Module:
     """Turn ``layer`` back into the plain one it was, in place; ``partial`` is gone, ``weight`` untouched."""
     del layer.partial, layer.connections
-    plain = {partial: plain for plain, partial in PARTIAL.items()}[type(layer)]
-    return cast(nn.Module, recast(layer, plain))
+    return cast(nn.Module, recast(layer, plain_class(type(layer))))
 
 
 def merge_channels(layer: PartialLayer) -> nn.Module:

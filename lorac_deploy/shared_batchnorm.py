@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorac_deploy.lora_layers import recast
+from lorac_deploy.timm_layers import base_of, behind_norm, sister_class
 
 
 class _Summed(torch.autograd.Function):
@@ -32,6 +33,11 @@ class _Shared(_BatchNorm):
         """Normalise ``input`` (n, channels, ...); in evaluation mode as ever."""
         if not self.training:
             return super().forward(input)
+        normalised: Tensor = behind_norm(self)(self._normalised(input))
+        return normalised
+
+    def _normalised(self, input: Tensor) -> Tensor:
+        """``input`` normalised by the statistics of all processes, which the running ones follow."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         axes, shape = [0, *range(2, input.ndim)], [1, -1] + [1] * (input.ndim - 2)
         part = input.float()
@@ -79,17 +85,21 @@ _SHARED: dict[type[nn.Module], type[_Shared]] = {
 def shared_statistics(module: nn.Module) -> Iterator[None]:
     """Within the block the BN layers of ``module`` share their batch statistics over all processes.
 
-    Layers whose statistics are constants, and layers of other classes, are left as they are.
+    Layers whose statistics are constants, and layers of classes of neither PyTorch nor timm, are left as they are.
     """
-    layers = [(part, type(part)) for part in module.modules() if type(part) in _SHARED]
+    layers = [(part, type(part)) for part in module.modules() if base_of(type(part)) in _SHARED]
     for layer, plain in layers:
-        recast(layer, _SHARED[plain])
+        recast(layer, _shared_class(plain))
     try:
         yield
     finally:
         for layer, plain in layers:
-            if type(layer) is _SHARED[plain]:
+            if type(layer) is _shared_class(plain):
                 recast(layer, plain)
+
+
+def _shared_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return _SHARED[kind] if kind in _SHARED else sister_class(_Shared, kind)
 
 
 def _summed(value: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def from_model(
     weights: Path | None = None,
     seed: int = 0,
 ) -> Start:
-    """A new network, with the ``weights`` of a file, or torchvision's where ``weights`` is `IMAGENET`.
+    """A new network, with the ``weights`` of a file, or torchvision's or timm's where ``weights`` is `IMAGENET`.
 
     A head for another number of classes and a stem of another size keep their first values.
 
@@ -69,5 +69,6 @@ def from_model(
     module = build(spec, seed=seed)
     if weights is None:
         return Start(module, spec, input_spec, class_names)
-    report = load_imagenet(module, spec.name) if str(weights) == IMAGENET else load_weights(module, weights)
+    named = str(weights) == IMAGENET
+    report = load_imagenet(module, spec.name) if named else load_weights(module, weights, name=spec.name)
     return Start(module, spec, input_spec, class_names, None, report.fresh)

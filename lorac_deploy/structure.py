@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lorac_deploy.forward_order import with_sizes
-from lorac_deploy.lora_layers import ADAPTED
+from lorac_deploy.lora_layers import adapted_class
 from lorac_exporters.plan import Layer, Network
 from lorac_runtime.manifest import BnPolicy, Trainable
 
@@ -132,7 +132,7 @@ def _untrainable(layer: nn.Module, sharers: list[str]) -> str | None:
 def _unadaptable(layer: nn.Module) -> str | None:
     if isinstance(layer, _ConvTransposeNd):
         return "transposed convolutions take no adapter"
-    if type(layer) not in ADAPTED:
+    if adapted_class(type(layer)) is None:
         fitting = "nn.Conv1d and nn.Conv2d do" if isinstance(layer, _ConvNd) else "nn.Linear does"
         return f"{type(layer).__name__} takes no adapter, only plain {fitting}"
     return None

@@ -1,4 +1,4 @@
-"""Pretrained weights into a network: from a file, or torchvision's ImageNet weights by name."""
+"""Pretrained weights into a network: from a file, or torchvision's and timm's own by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lorac_deploy import _torchvision
+from lorac_deploy import _torchvision, timm_nets
 from lorac_deploy.structure import describe
 from lorac_runtime.errors import CheckpointError, listed
 
@@ -33,8 +33,10 @@ class LoadReport:
     fresh: tuple[str, ...]
 
 
-def load_weights(module: nn.Module, path: Path) -> LoadReport:
+def load_weights(module: nn.Module, path: Path, *, name: str = "") -> LoadReport:
     """Copy the tensors of a ``.safetensors`` or PyTorch file (read without unpickling code) into ``module``.
+
+    ``name`` of one of timm's networks says what the file is of: see `lorac_deploy.timm_nets.fitted`.
 
     Prefixes ``module.`` and a nesting such as ``state_dict`` are taken off. A head with another number of classes,
     and a stem of another kernel size or number of input channels, keep their present values: see the report.
@@ -42,7 +44,13 @@ def load_weights(module: nn.Module, path: Path) -> LoadReport:
     Raises CheckpointError if the file cannot be read, or listing every tensor that is missing, unexpected or of
     another shape; then nothing was changed.
     """
-    given, state = read_weights(path), module.state_dict()
+    given = read_weights(path)
+    return _load(module, timm_nets.fitted(name, given) if timm_nets.is_timm(name) else given, path)
+
+
+def _load(module: nn.Module, given: Mapping[str, Tensor], path: Path) -> LoadReport:
+    """Copy all tensors, or none; ``path`` is where they are from."""
+    state = module.state_dict()
     differing = [name for name in state if name in given and given[name].shape != state[name].shape]
     fresh = [n for n in differing if _may_differ(module, n, given[n])]
     problems = [f"{n} is missing" for n in state if n not in given and not n.endswith("num_batches_tracked")]
@@ -62,11 +70,14 @@ def load_weights(module: nn.Module, path: Path) -> LoadReport:
 def load_imagenet(module: nn.Module, name: str) -> LoadReport:
     """Load torchvision's best ImageNet weights of the model ``name``; see `load_weights` about head and stem.
 
-    They come from PyTorch's download cache, or from the network.
+    They come from PyTorch's download cache, or from the network. Of one of timm's networks see
+    `lorac_deploy.timm_nets.pretrained`.
 
     Raises ValueError if there are none for ``name``; CheckpointError, with what to download and where to put it, if
     they cannot be downloaded.
     """
+    if timm_nets.is_timm(name):
+        return _load(module, timm_nets.pretrained(name), Path(name))
     if name not in _torchvision.models.list_models():
         raise ValueError(f"there are no ImageNet weights for {name}: train it, or give a file of weights")
     url = _torchvision.models.get_model_weights(name).DEFAULT.url

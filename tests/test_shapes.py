@@ -1,6 +1,7 @@
 """Shapes that depend on the batch only become constants, and the batch becomes free."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from exporter_graphs import assert_same, constants, from_text, image, numbers, outputs
@@ -155,3 +156,38 @@ def test_a_fixed_image_size_cannot_be_changed(size: tuple[int, ...]) -> None:
     model = from_text("y = Relu (x)", weights={}, x="float[b,3,8,8] x", y="float[b,3,8,8] y")
     with pytest.raises(ConversionError, match="not of size"):
         fix_image_size(model, size)
+
+
+EXPANDED = """
+    s = Shape <start = 0, end = 1> (x)
+    rest = Constant <value_ints = [8, 4, 4]> ()
+    target = Concat <axis = 0> (s, rest)
+    gate = ReduceMean <keepdims = 1> (x, axes)
+    wide = Expand (gate, target)
+    y = Mul (x, wide)
+"""
+
+
+def test_an_expand_to_the_size_of_the_batch_gets_a_constant_target() -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 18]> g (float[N, 8, 4, 4] x) => (float[N, 8, 4, 4] y)
+        <int64[2] axes = {{2, 3}}> {{ {EXPANDED} }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    x = np.random.default_rng(0).standard_normal((3, 8, 4, 4)).astype(np.float32)
+    before = outputs(model, x)
+    settle_shapes(model)
+    assert [node.op_type for node in model.graph if node.op_type in ("Shape", "Concat")] == []
+    target = next(node for node in model.graph if node.op_type == "Expand").inputs[1]
+    assert target is not None
+    assert target.const_value is not None
+    assert target.const_value.numpy().tolist() == [1, 8, 4, 4]
+    np.testing.assert_array_equal(outputs(model, x), before)
+
+
+def test_an_expand_that_makes_the_batch_keeps_its_computed_target() -> None:
+    body = EXPANDED.replace("gate = ReduceMean <keepdims = 1> (x, axes)", "gate = Identity (w)")
+    text = f"""<ir_version: 9, opset_import: ["" : 18]> g (float[N, 8, 4, 4] x) => (float[N, 8, 4, 4] y)
+        <float[1, 8, 1, 1] w = {{1, 2, 3, 4, 5, 6, 7, 8}}> {{ {body} }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    settle_shapes(model)
+    assert "Concat" in [node.op_type for node in model.graph]
+    assert outputs(model, np.ones((2, 8, 4, 4), np.float32)).shape == (2, 8, 4, 4)

@@ -124,3 +124,50 @@ def test_exporting_twice_gives_the_same_names() -> None:
     first, second = (export_graph(cnn(), (3, 16, 16)) for _ in range(2))
     assert [n.name for n in first.graph] == [n.name for n in second.graph]
     assert list(first.graph.initializers) == list(second.graph.initializers)
+
+
+class IntoSlices(nn.Module):
+    """Writes into slices in place, as GhostNet does: the first ``kept`` of 8 channels, and the rows of the middle."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.conv, self.other, self.kept = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, kept, 1), kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 6, 6) -> (N, kept, 6, 6)."""
+        whole = torch.tanh(self.conv(x))
+        part = whole[:, : self.kept]
+        part += self.other(x)
+        whole[:, :, 2:4] *= 3.0
+        return whole[:, : self.kept]
+
+
+@pytest.mark.parametrize("kept", [8, 7])
+def test_what_is_written_into_a_slice_is_joined_of_its_parts(kept: int) -> None:
+    torch.manual_seed(0)
+    net = IntoSlices(kept).eval()
+    model, x = export_graph(net, (3, 6, 6)), image(3, 3, 6, 6)
+    assert "ScatterND" not in {node.op_type for node in model.graph}
+    assert_same(outputs(model, x), in_torch(net, x))
+
+
+class ChannelsLast(nn.Module):
+    """Pools a map whose channels lie last in memory, as ConvNeXt does behind a normalisation of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (N, 8)."""
+        return self.pool(self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).flatten(1)
+
+
+def test_global_average_pooling_is_a_mean_however_its_input_lies_in_memory() -> None:
+    torch.manual_seed(0)
+    net = ChannelsLast().eval()
+    model, x = export_graph(net, (3, 6, 6)), image(3, 3, 6, 6)
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("ReduceMean") == 1
+    assert "Gather" not in kinds
+    assert_same(outputs(model, x), in_torch(net, x))

@@ -18,6 +18,7 @@ from lorac_runtime.errors import OutputError
 Array = npt.NDArray[np.generic]
 
 # Operators whose second input is a weight and whose third, if any, is a bias.
+FILTERS = "lorac.filters"  # metadata: weights of convolutions that are no parameters of the network, a JSON list
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 

@@ -7,6 +7,7 @@ of MatMul, Reshape, Transpose, Mul and Add, so that any engine that differentiat
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from lorac_exporters.batchnorm import norm_layers
 from lorac_exporters.canonical import Canonical
-from lorac_exporters.graph_tools import array, constant, convolutions, layer_name, static_dims
+from lorac_exporters.graph_tools import FILTERS, array, constant, convolutions, layer_name, static_dims
 from lorac_exporters.heads import find_head
 from lorac_exporters.linear_layers import linear_layers, linear_obstacle, linear_tensors, weighted_nodes
 from lorac_exporters.partials import inject_partial
@@ -34,7 +35,8 @@ def describe(canonical: Canonical, original: Canonical | None = None) -> Network
     author knows it (BN and no added biases), which decides rank mode ``auto``.
     """
     head = find_head(canonical.model)
-    convs = tuple(_conv_layer(node) for node in convolutions(canonical.model.graph))
+    filters = fixed_filters(canonical.model)
+    convs = tuple(_fixed(_conv_layer(node), filters) for node in convolutions(canonical.model.graph))
     linears = linear_layers(canonical.model.graph, canonical.values, head.weight)
     planned = {name for layer in linears if layer.obstacle is None for name in (layer.weight, layer.bias)}
     rest = linear_tensors(canonical.model.graph, canonical.values, head.weight)
@@ -52,6 +54,17 @@ def describe(canonical: Canonical, original: Canonical | None = None) -> Network
         norms=norm_layers(canonical.batchnorms, canonical.values, folded=not kept_bn),
     )
     return dataclasses.replace(network, order=_order(canonical, network))
+
+
+def fixed_filters(model: ir.Model) -> frozenset[str]:
+    """Weights of convolutions that the PyTorch network holds as buffers: they are no parameters and never train."""
+    return frozenset(json.loads(model.metadata_props.get(FILTERS, "[]")))
+
+
+def _fixed(layer: Layer, filters: frozenset[str]) -> Layer:
+    if layer.weight not in filters:
+        return layer
+    return dataclasses.replace(layer, bias=None, obstacle="its weight is a fixed filter, no parameter of the network")
 
 
 def _order(canonical: Canonical, network: Network) -> tuple[tuple[str, Size | None], ...]:
@@ -83,6 +96,7 @@ def _head_obstacle(node: ir.Node) -> str | None:
 def count_parameters(canonical: Canonical) -> int:
     """Parameters as PyTorch counts them: running statistics and the zero biases that we added left out."""
     skipped = {name for bn in canonical.batchnorms for name in (bn.running_mean, bn.running_var)}
+    skipped |= fixed_filters(canonical.model)
     counted = (v for k, v in canonical.values.items() if k not in skipped | canonical.added)
     return sum(v.size for v in counted if v.ndim)  # scalars are settings of operators, such as the bounds of Clip
 

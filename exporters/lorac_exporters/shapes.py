@@ -20,6 +20,7 @@ from lorac_exporters.graph_tools import (
     constant,
     describe,
     name_of,
+    need,
     nodes_of,
     remove_unused,
     set_input,
@@ -86,6 +87,7 @@ def settle_shapes(model: ir.Model) -> list[str]:
     """
     low, high = (trace(model, size) for size in _SIZES)
     changes = [text for node in nodes_of(model.graph, "Reshape") for text in _settle_reshape(node, low, high)]
+    changes += [text for node in nodes_of(model.graph, "Expand") for text in _settle_expand(node, low, high)]
     changes += _settle_inputs(model.graph, low, high)
     remove_unused(model)
     _annotate(model.graph, low, high)
@@ -101,6 +103,18 @@ def _settle_reshape(node: ir.Node, low: Trace, high: Trace) -> list[str]:
     target = np.array([-1 if d is None else d for d in merged], np.int64)
     node.attributes.pop("allowzero", None)
     return _connect(node, 1, target, f"{name}_shape")
+
+
+def _settle_expand(node: ir.Node, low: Trace, high: Trace) -> list[str]:
+    """A batch that the input has is no axis to repeat: 1 in the target."""
+    names = (name_of(need(node.inputs[0])), name_of(node.outputs[0]))
+    given, merged = (merged_shape(low.shapes.get(name), high.shapes.get(name)) for name in names)
+    if given is None or merged is None or len(given) > len(merged) or merged.count(None) > 1:
+        return []
+    aligned = (*(1 for _ in range(len(merged) - len(given))), *given)
+    if any(wide is None and own is not None for wide, own in zip(merged, aligned, strict=True)):
+        return []
+    return _connect(node, 1, np.array([1 if d is None else d for d in merged], np.int64), f"{names[1]}_shape")
 
 
 def _settle_inputs(graph: ir.Graph, low: Trace, high: Trace) -> list[str]:

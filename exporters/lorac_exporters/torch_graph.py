@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorac_exporters.graph_tools import array
+from lorac_exporters.graph_tools import FILTERS, array, name_of, nodes_of
 from lorac_runtime.errors import ConversionError, listed
 
 OPSET = 18
@@ -52,6 +55,7 @@ def export_graph(
         ) from err
     _check_signature(model)
     _check_values(model, twin, program)
+    _note_filters(model, twin)
     return model
 
 
@@ -61,6 +65,8 @@ def _trace(
     sample = torch.zeros(2, *input_shape)  # a batch of 1 would be baked in as a constant
     batch = torch.export.Dim("batch")
     program = torch.export.export(module, (sample,), dynamic_shapes=({0: batch},), strict=False)
+    _pool_by_mean(program)
+    program = _without_scatters(program)
     exported = torch.onnx.export(
         program,
         dynamo=True,
@@ -73,6 +79,52 @@ def _trace(
     if exported is None:
         raise RuntimeError("torch.onnx.export returned no model")
     return program, exported.model
+
+
+def _pool_by_mean(program: torch.export.ExportedProgram) -> None:
+    """Global average pooling as the mean that it is, in place.
+
+    PyTorch's own way to write it out gives the result of a channels-last map other strides, which ONNX has no word for:
+    a Gather over the batch, which cannot be trained through.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
+
+
+def _without_scatters(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """What is written into a slice in place (``x[:, :8] += y``, GhostNet), joined of its parts.
+
+    The exporter would write ScatterND, through which nothing can be trained.
+    """
+    if not any(_writes_into_slice(node) for node in program.graph.nodes):
+        return program
+    written = program.run_decompositions({torch.ops.aten.slice_scatter.default: _slice_written})
+    return cast(torch.export.ExportedProgram, written)
+
+
+def _writes_into_slice(node: torch.fx.Node) -> bool:
+    written = node.args[0] if node.args else None
+    return isinstance(written, torch.fx.Node) and _name(node).endswith("_") and _name(written) == "slice"
+
+
+def _name(node: torch.fx.Node) -> str:
+    """Of the operator that a node calls: "add_" of aten.add_.Tensor."""
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+
+
+def _slice_written(
+    whole: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """``whole`` with ``part`` in the place of ``whole[start:end]`` along an axis."""
+    if step != 1:
+        return cast(Tensor, NotImplemented)
+    size = whole.shape[dim]
+    if not start and (end is None or end >= sys.maxsize):
+        return part
+    first, last = (slice(start, end).indices(size))[:2]
+    before, after = whole.narrow(dim, 0, first), whole.narrow(dim, last, size - last)
+    return torch.cat([piece for piece in (before, part, after) if piece.shape[dim]], dim)
 
 
 def _check_signature(model: ir.Model) -> None:
@@ -96,6 +148,14 @@ def _check_values(model: ir.Model, module: nn.Module, program: torch.export.Expo
             problems.append(f"{name} {_difference(found, expected)}")
     if problems:
         raise ConversionError(listed("the exported graph differs from the module's state dict:", problems))
+
+
+def _note_filters(model: ir.Model, module: nn.Module) -> None:
+    """Buffers that are weights of convolutions (blur pooling) must not train: the metadata says which."""
+    weights = {name_of(node.inputs[1]) for node in nodes_of(model.graph, "Conv")}
+    filters = sorted(name for name, _ in module.named_buffers() if name in weights)
+    if filters:
+        model.metadata_props[FILTERS] = json.dumps(filters)
 
 
 def _used_names(program: torch.export.ExportedProgram) -> set[str]:

@@ -14,6 +14,7 @@ from lorac_exporters.plan import BIASES, SMALL_LAYERS, LoraConfig
 from lorac_runtime.delta import LAYOUTS, RANK_MODES
 from lorac_runtime.manifest import LOSSES, OPTIMIZERS, TrainingDefaults
 
+OF_MODEL = "model"  # what the weights of --model were trained with
 _NAMES = {"bn_policy": "bn"}  # field -> option, where it is not the field's name
 _WITHOUT_STEPS = {"batch_size", "loss", "bn_policy", "val_fraction", "seed", "threads"}  # count without training too
 
@@ -35,6 +36,15 @@ def sizes(text: str) -> tuple[int, int]:
     if len(parts) > 2 or min(parts) < 1:
         raise ValueError(text)
     return parts[0], parts[-1]
+
+
+def image_size(text: str) -> tuple[int, int] | str:
+    """`sizes`, or ``model``: the size that the network's own weights were trained on.
+
+    >>> image_size("96"), image_size("model")
+    ((96, 96), 'model')
+    """
+    return text if text == OF_MODEL else sizes(text)
 
 
 def names(text: str) -> tuple[str, ...]:

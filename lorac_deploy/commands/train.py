@@ -16,15 +16,16 @@ from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
+    OF_MODEL,
     Paragraphs,
     add_lora_options,
     add_method_option,
     add_training_options,
+    image_size,
     lora_config,
     names,
     refuse_idle_lora_options,
     refuse_idle_step_options,
-    sizes,
     training_config,
 )
 from lorac_deploy.train_config import TrainConfig
@@ -75,15 +76,18 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
     g.add_argument("--download", action="store_true", help="download CIFAR into --data-root if it is not there")
     g.add_argument(
-        "--size", type=sizes, help="resize images to HEIGHT,WIDTH or a square (default: as stored; digits 32)"
+        "--size",
+        type=image_size,
+        help="resize images to HEIGHT,WIDTH or a square, or as timm's weights of --model want them: "
+        "model (default: as stored; digits 32)",
     )
     g.add_argument("--channels", type=int, choices=(1, 3), help="grey or colour (default: 3)")
     g.add_argument("--class-names", type=names, help="comma-separated, in label order (default: the data's own)")
     g.add_argument(
         "--normalize",
-        choices=("data", "imagenet", "cifar10", "cifar100"),
-        help="mean and deviation: of the training images, or known ones (default: known for CIFAR and with --weights, "
-        "else data)",
+        choices=("data", OF_MODEL, "imagenet", "cifar10", "cifar100"),
+        help="mean and deviation: of the training images, or known ones; model: those of timm's weights of --model "
+        "(default: known for CIFAR and with --weights, of timm's networks model; else data)",
     )
 
 
@@ -93,11 +97,14 @@ def _add_network_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--new-head", action="store_true", help="with --base: a fresh head for the data's classes")
     g.add_argument(
         "--model",
-        help=f"a network by name (default: {MODEL[3]}, of signals {MODEL[1]} or {MODEL[2]}; an unknown name lists all)",
+        help=f"a network by name, or one of timm's: timm/NAME (default: {MODEL[3]}, of signals {MODEL[1]} or "
+        f"{MODEL[2]}; an unknown name lists all)",
     )
     g.add_argument("--cifar-stem", action="store_true", help="a stem that keeps the resolution of small images")
     g.add_argument(
-        "--weights", type=Path, help="start from a .pth or .safetensors file, or from torchvision's: imagenet"
+        "--weights",
+        type=Path,
+        help="start from a .pth or .safetensors file, or from torchvision's or timm's own: imagenet",
     )
 
 
@@ -149,6 +156,8 @@ def _prepared(args: argparse.Namespace, seed: int) -> Prepared:
     from lorac_deploy.data import has_test_split, with_classes
     from lorac_deploy.start import from_checkpoint, with_new_head
 
+    if OF_MODEL in (args.size, args.normalize):
+        _require_timm(args)
     start = None if args.base is None else from_checkpoint(args.base)
     dataset = _load(args, start, "train")
     test = _load(args, start, "test") if has_test_split(args.data) else None
@@ -161,9 +170,11 @@ def _prepared(args: argparse.Namespace, seed: int) -> Prepared:
 
 
 def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Dataset:
+    from lorac_deploy import timm_nets
     from lorac_deploy.data import load_dataset, named
 
-    size, channels = args.size, args.channels
+    channels = args.channels
+    size = timm_nets.size(args.model) if args.size == OF_MODEL else args.size
     if start is not None and start.input.is_image:
         channels, size = start.input.shape[0], start.input.shape[1:]
     dataset = load_dataset(
@@ -173,6 +184,7 @@ def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Datase
 
 
 def _new_network(args: argparse.Namespace, dataset: Dataset, seed: int) -> Start:
+    from lorac_deploy import timm_nets
     from lorac_deploy.data import input_spec
     from lorac_deploy.models import ModelSpec, require_axes
     from lorac_deploy.start import from_model
@@ -181,14 +193,25 @@ def _new_network(args: argparse.Namespace, dataset: Dataset, seed: int) -> Start
     spec = ModelSpec(model, len(dataset.class_names), args.cifar_stem, dataset.shape[0])
     require_axes(model, dataset.shape)
     known = args.data if args.data.startswith("cifar") else "imagenet" if args.weights else "data"
+    if args.weights and timm_nets.is_timm(model):
+        known = OF_MODEL
     normalization = args.normalize or (known if dataset.is_image and dataset.shape[0] == 3 else "data")
     return from_model(
         spec,
-        input_spec(dataset.images, normalization),
+        input_spec(dataset.images, timm_nets.statistics(model) if normalization == OF_MODEL else normalization),
         class_names=dataset.class_names,
         weights=args.weights,
         seed=seed,
     )
+
+
+def _require_timm(args: argparse.Namespace) -> None:
+    """Raise ValueError unless --model is one of timm's: no other network says what its weights were trained on."""
+    from lorac_deploy.timm_nets import is_timm
+
+    if args.model is None or not is_timm(args.model):
+        option = "--size" if args.size == OF_MODEL else "--normalize"
+        raise ValueError(f"{option} {OF_MODEL} goes with one of timm's networks: --model timm/NAME")
 
 
 def _run(
