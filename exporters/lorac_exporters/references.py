@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorac_exporters.running import joined
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
 from lorac_runtime.engines import open_engine
@@ -91,9 +92,8 @@ def rounding_noise(path: Path, images: npt.NDArray[Any]) -> float:
 
 
 def run_onnx(path: Path, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The only output of an ONNX classifier, (N, classes)."""
+    """The output of an ONNX network, such as (N, classes); several side by side, (N, all of them)."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
-    return np.asarray(logits)
+    return joined(session.run(None, {session.get_inputs()[0].name: images}))
