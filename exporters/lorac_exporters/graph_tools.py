@@ -203,6 +203,17 @@ def need_graph(node: ir.Node) -> ir.Graph:
     return node.graph
 
 
+def is_setting(value: ir.Value) -> bool:
+    """Whether a constant is no parameter but says what an operator does: a scalar, or the factors of a Resize.
+
+    >>> is_setting(ir.Value(name="bound", shape=ir.Shape([])))
+    True
+    """
+    uses = value.uses()
+    resizes = bool(uses) and all(use.node.op_type == "Resize" and use.idx > 0 for use in uses)
+    return resizes or (value.shape is not None and len(value.shape) == 0)
+
+
 def remove_unused(model: ir.Model) -> None:
     """Delete nodes and initializers that nothing reads."""
     common.RemoveUnusedNodesPass()(model)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lorac_exporters.batchnorm import norm_layers
 from lorac_exporters.canonical import Canonical
-from lorac_exporters.graph_tools import array, constant, convolutions
+from lorac_exporters.graph_tools import array, constant, convolutions, is_setting
 from lorac_exporters.head_layers import conv_layer, head_layers, map_size
 from lorac_exporters.linear_layers import linear_layers, linear_tensors, weighted_nodes
 from lorac_exporters.partials import inject_partial
@@ -74,8 +74,8 @@ def _order(canonical: Canonical, network: Network) -> tuple[tuple[str, Size | No
 def count_parameters(canonical: Canonical) -> int:
     """Parameters as PyTorch counts them: running statistics and the zero biases that we added left out."""
     skipped = {name for bn in canonical.batchnorms for name in (bn.running_mean, bn.running_var)}
-    counted = (v for k, v in canonical.values.items() if k not in skipped | canonical.added)
-    return sum(v.size for v in counted if v.ndim)  # scalars are settings of operators, such as the bounds of Clip
+    settings = {name for name, value in canonical.model.graph.initializers.items() if is_setting(value)}
+    return sum(v.size for k, v in canonical.values.items() if k not in skipped | settings | canonical.added)
 
 
 def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[str, Floats]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,8 +133,3 @@ def weight_of(task: Task | None, loss: str, targets: Targets | Array | None, par
         return float(len(range(*part.indices(count))))
     labels = targets[LABELS][part]
     return float(labels.size if task.ignore_index is None else np.count_nonzero(labels != task.ignore_index))
-
-
-def chance(classes: int) -> float:
-    """The cross-entropy of answers at random; 0 where there are no classes."""
-    return math.log(classes) if classes else 0.0
