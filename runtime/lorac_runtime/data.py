@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime.errors import DataError
-from lorac_runtime.image_folder import read_folder
+from lorac_runtime.image_folder import read_all, read_folder
 from lorac_runtime.manifest import InputSpec
-from lorac_runtime.npz import NEED_LABELS, read_arrays
+from lorac_runtime.npz import NEED_LABELS, read_arrays, read_named
 from lorac_runtime.sample_ids import checked_ids
 from lorac_runtime.signals import as_signals, described
 
@@ -84,6 +84,20 @@ def load_data(
     data = LocalData(np.ascontiguousarray(images), labels)
     _check_labels(path, data, spec, class_names, require_classes)
     return data if ids is None else dataclasses.replace(data, ids=checked_ids(path, ids, len(data)))
+
+
+def load_samples(path: Path, spec: InputSpec) -> Array:
+    """The images (or signals) of a file or a folder as `LocalData` has them, whatever labels there are.
+
+    Of a folder those in it, in its sub-folders, or in its sub-folder ``images``. Raises DataError.
+    """
+    if is_folder(path):
+        return read_all(path, spec)
+    found = read_named(path, {spec.key: sample_shapes(spec)}, needed=(spec.key,))
+    samples = np.ascontiguousarray(raw_samples(path, found[spec.key], spec))
+    if not len(samples):
+        raise DataError(f"{path} holds no {spec.key}")
+    return samples
 
 
 def _check_labels(path: Path, data: LocalData, spec: InputSpec, class_names: Sequence[str], required: int) -> None:

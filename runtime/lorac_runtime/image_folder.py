@@ -54,6 +54,22 @@ def read_folder(
     return _stacked(folder, _visible(folder), spec), None
 
 
+def read_all(folder: Path, spec: InputSpec) -> npt.NDArray[np.uint8]:
+    """All images of a folder, or of its sub-folders, (N, H, W, C); masks beside images are none.
+
+    Raises DataError listing the files that cannot be used, and for a model that takes no images.
+    """
+    if not spec.is_image:
+        raise DataError(f"{folder} is a folder, and the model takes signals: give an .npz file with {spec.key}")
+    folders = [entry for entry in _visible(folder) if entry.is_dir()]
+    if {IMAGES, MASKS} == {entry.name for entry in folders}:
+        folders = [folder / IMAGES]
+    files = [path for part in folders for path in _visible(part)] if folders else _visible(folder)
+    if not files:
+        raise DataError(f"{folder} holds no {spec.key}")
+    return _stacked(folder, files, spec)
+
+
 def read_class_folders(
     folder: Path, spec: InputSpec, class_names: Sequence[str]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
