@@ -14,7 +14,7 @@ from lorac_runtime import state as states
 from lorac_runtime.adapter import save_adapter
 from lorac_runtime.config import FinetuneConfig
 from lorac_runtime.data import load_data
-from lorac_runtime.errors import ArtifactError, CheckpointError, DataError, DivergenceError, OutputError
+from lorac_runtime.errors import CheckpointError, DataError, DivergenceError, OutputError
 from lorac_runtime.files import locked, output_folder
 from lorac_runtime.fused_files import write_fused
 from lorac_runtime.gate import Answers, GateConfig, Verdict, judged
@@ -27,6 +27,7 @@ from lorac_runtime.outputs import FUSED, check_place
 from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import FinetuneReport, read_report
 from lorac_runtime.session import ignore, run
+from lorac_runtime.tasks import require_classifier
 from lorac_runtime.training import OnProgress, Samples
 from lorac_runtime.trust import require_signed
 
@@ -105,7 +106,10 @@ def _opened(artifact: Path, data: Path, state: Path, config: FinetuneConfig, gat
     if config.trust is not None:
         require_signed(artifact, config.trust)
     manifest = load(artifact)
-    _require_classifier(artifact, manifest)
+    why = "whether a model became better is told by samples that it classifies rightly"
+    require_classifier(
+        artifact, manifest.task, why, "leave --keep-if-better out, and compare the figures of report.json"
+    )
     formats = tuple(dict.fromkeys(("onnx", *config.to)))  # the gate asks fused.onnx
     record = states.recover(state, states.open_state(state, manifest, formats))
     if record.accepted < 0:
@@ -121,15 +125,6 @@ def _opened(artifact: Path, data: Path, state: Path, config: FinetuneConfig, gat
     identity = {name: value for name, value in job.run.items() if name != "adapter"}
     identity |= {name: str(value) for name, value in dataclasses.asdict(gate).items()}
     return _Attempt(state, record, parent, dataclasses.replace(job, home=state), identity, config, gate)
-
-
-def _require_classifier(artifact: Path, manifest: Manifest) -> None:
-    """Raise ArtifactError for a task that the gate has no measure of."""
-    if manifest.task is not None:
-        raise ArtifactError(
-            f"{artifact}: the task is {manifest.kind}, and whether a model became better is told by samples that it "
-            "classifies rightly: leave --keep-if-better out, and compare the figures of report.json"
-        )
 
 
 def _require_judgeable(job: Job, data: Path) -> None:

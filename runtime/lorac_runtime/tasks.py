@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lorac_runtime.errors import ArtifactError
 
 CLASSIFICATION, SEGMENTATION, REGRESSION, CUSTOM = TASKS = ("classification", "segmentation", "regression", "custom")
 LABELS, VALUES = "labels", "targets"  # what the built-in losses compare with
@@ -91,6 +94,12 @@ def task_problems(task: Task, loss: str) -> list[str]:
             f"training.loss: {loss!r} is not one of those of {task.kind}: {', '.join(LOSSES_OF[task.kind])}"
         )
     return problems or _shape_problems(task)
+
+
+def require_classifier(artifact: Path, task: Task | None, why: str, advice: str) -> None:
+    """Raise ArtifactError for an artifact of another task, where only a classifier makes sense."""
+    if task is not None:
+        raise ArtifactError(f"{artifact}: the task is {task.kind}, and {why}: {advice}")
 
 
 def built_in_targets(kind: str, output: Output) -> tuple[Target, ...]:

@@ -113,11 +113,12 @@ def _answers_check(fused: Path, folder: Path, manifest: mf.Manifest, state: Stat
 
 
 def answers(path: Path, images: npt.NDArray[np.uint8], spec: mf.InputSpec) -> Floats:
-    """The logits of a classifier for raw images. Raises ConversionError without a TFLite runtime."""
+    """The answers (n, classes, ...) to raw images. Raises ConversionError without a TFLite runtime."""
     found = TfliteAnswers(path, read_network(path), spec)(images)
     if len(found) != 1:
         raise ArtifactError(f"{path} has {len(found)} outputs, expected one: the logits")
-    return next(iter(found.values()))
+    answer = next(iter(found.values()))
+    return np.moveaxis(answer, -1, 1)  # of a score for each pixel: channels first, as ONNX has it
 
 
 def rounded_check(name: str, fused: Pair, base: Pair, tolerance: float, *, step: float | None = None) -> Check:
