@@ -24,7 +24,7 @@ from lorac_runtime.data import LocalData, load_data, load_samples
 from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import InputSpec
 from lorac_runtime.manifest_checks import input_problems
-from lorac_runtime.tasks import CLASSIFICATION, SEGMENTATION
+from lorac_runtime.tasks import CLASSIFICATION, CUSTOM, SEGMENTATION
 
 log = logging.getLogger(__name__)
 PIXEL_SCALE = 1 / 255
@@ -80,7 +80,7 @@ def export_training_artifact(
     if (config.tflite == "int8") != (calibration is not None):
         raise ValueError(f"calibration and tflite 'int8' go together, got {calibration} and {config.tflite!r}")
     task = config.task.kind
-    given = _from_onnx(source, task) if isinstance(source, OnnxSource) else _from_checkpoint(source)
+    given = _from_onnx(source, task) if isinstance(source, OnnxSource) else _from_checkpoint(source, task)
     if anchors is not None and task != CLASSIFICATION:
         raise ValueError(f"anchors are samples with a class, and the task is {task}: leave them out")
     images = None if calibration is None else _images(calibration, given)
@@ -119,10 +119,14 @@ def _samples(path: Path, given: _Given, *, require_classes: int) -> LocalData:
     return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=require_classes)
 
 
-def _from_checkpoint(folder: Path) -> _Given:
+def _from_checkpoint(folder: Path, task: str) -> _Given:
     checkpoint = load_checkpoint(folder)
+    if task not in (checkpoint.spec.task, CUSTOM):
+        known = checkpoint.spec.task
+        raise ValueError(f"{folder} is a network for {known}: ArtifactConfig(task=TaskConfig({known!r})), got {task!r}")
     graph = export_graph(checkpoint.module, checkpoint.input.shape)
-    return _Given(graph, checkpoint.spec.name, checkpoint.input, checkpoint.class_names)
+    names = () if task == CUSTOM else checkpoint.class_names
+    return _Given(graph, checkpoint.spec.name, checkpoint.input, names)
 
 
 def _from_onnx(source: OnnxSource, task: str) -> _Given:

@@ -82,8 +82,7 @@ class Architecture:
 
     ``axes`` of a sample: 3 of an image, (channels, height, width), where ``make`` takes the number of classes and gives
     a network of 3 channels; 2 or 1 of a signal, (channels, length) or (features,), where it takes the number of
-    channels or features too, first. ``dense``: it gives scores for each pixel, (N, classes, H, W). ``heads`` names the
-    layers that give them where they are not the last one alone.
+    channels or features too, first. ``dense``: it gives scores for each pixel, (N, classes, H, W).
     """
 
     make: Callable[..., nn.Module]
@@ -91,7 +90,6 @@ class Architecture:
     why_no_small_stem: str = "its stem is not a single convolution with pooling that could be replaced"
     axes: int = 3
     dense: bool = False
-    heads: tuple[str, ...] = ()
 
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
@@ -209,8 +207,8 @@ MODELS: dict[str, Architecture] = (
         for depth in _CIFAR_DEPTHS
     }
     | {
-        name: Architecture(functools.partial(segmentation_net, name), why_no_small_stem=_DENSE, dense=True, heads=heads)
-        for name, heads in SEGMENTATION_NETS.items()
+        name: Architecture(functools.partial(segmentation_net, name), why_no_small_stem=_DENSE, dense=True)
+        for name in SEGMENTATION_NETS
     }
     | {
         "mlp": Architecture(Mlp, why_no_small_stem="it takes no images", axes=1),

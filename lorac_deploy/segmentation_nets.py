@@ -13,14 +13,14 @@ from torch.nn import functional
 
 from lorac_deploy import _torchvision
 
-# Names, and the layers that give the scores where they are several.
-SEGMENTATION_NETS: dict[str, tuple[str, ...]] = {
-    "fcn_resnet50": (),
-    "deeplabv3_resnet50": (),
-    "deeplabv3_mobilenet_v3_large": (),
-    "lraspp_mobilenet_v3_large": ("classifier.low_classifier", "classifier.high_classifier"),
-    "unet_small": (),
-}
+SEGMENTATION_NETS = (
+    "fcn_resnet50",
+    "deeplabv3_resnet50",
+    "deeplabv3_mobilenet_v3_large",
+    "lraspp_mobilenet_v3_large",
+    "unet_small",
+)
+_LRASPP_HEADS = ("classifier.low_classifier", "classifier.high_classifier")  # their sum is the answer
 
 
 def segmentation_net(name: str, classes: int) -> nn.Module:
@@ -31,7 +31,8 @@ def segmentation_net(name: str, classes: int) -> nn.Module:
 class Scores(nn.Module):
     """A segmentation network of torchvision with its own names of tensors; it answers with the scores alone.
 
-    torchvision's answers are dictionaries.
+    torchvision's answers are dictionaries. ``heads`` names the layers that give the scores where they are several
+    (`lorac_deploy.structure`).
     """
 
     def __init__(self, name: str, classes: int) -> None:
@@ -40,6 +41,7 @@ class Scores(nn.Module):
         net = _torchvision.models.get_model(name, **options)
         self.backbone, self.classifier = net.backbone, net.classifier
         self._levels = name.startswith("lraspp")  # its classifier reads two feature maps
+        self.heads = _LRASPP_HEADS if self._levels else ()
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, classes, H, W)."""

@@ -77,9 +77,11 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
         )
 
 
-def training_config(method: str, args: argparse.Namespace) -> TrainConfig:
-    """The method's defaults, and what was given instead. Raises ValueError for a value out of range."""
+def training_config(method: str, args: argparse.Namespace, task: str = CLASSIFICATION) -> TrainConfig:
+    """The defaults of method and task, and what was given instead. Raises ValueError for a value out of range."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)}
+    if task != CLASSIFICATION and METHODS[method].loss is None:
+        given["loss"] = given["loss"] or LOSSES_OF[task][0]
     return dataclasses.replace(DEFAULTS[method], **_stated(given))
 
 

@@ -29,6 +29,7 @@ from lorac_deploy.commands._options import (
 )
 from lorac_deploy.train_config import TrainConfig
 from lorac_exporters.plan import LoraConfig
+from lorac_runtime.tasks import CLASSIFICATION, REGRESSION, SEGMENTATION
 
 if TYPE_CHECKING:  # they import PyTorch
     from lorac_deploy.data import Dataset, Split
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # they import PyTorch
     Prepared = tuple[Start, Dataset, Dataset | None]
 
 MODEL = {3: "resnet18", 2: "cnn1d", 1: "mlp"}  # by the axes of a sample: images, then signals
+DENSE_MODEL = "unet_small"
 FROM_SCRATCH = "full"  # the method that needs no trained network
 
 
@@ -73,6 +75,12 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
         "one sub-folder per class",
     )
     g.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
+    g.add_argument(
+        "--task",
+        choices=(CLASSIFICATION, SEGMENTATION, REGRESSION),
+        help="what is learned: a class, a class for each pixel (labels (n, height, width) in the .npz file, or folders "
+        "images and masks), or numbers (targets (n, numbers) in it); default: classification, or what --base says",
+    )
     g.add_argument("--download", action="store_true", help="download CIFAR into --data-root if it is not there")
     g.add_argument(
         "--size", type=sizes, help="resize images to HEIGHT,WIDTH or a square (default: as stored; digits 32)"
@@ -113,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--download: all processes would download at once; download with a single one first")
     console = Console(stderr=True, highlight=False, quiet=not is_main())
     with usage_errors(p):  # settings that fit neither each other nor the data
-        config = training_config(args.method, args)
+        args.task = _task(p, args)
+        config = training_config(args.method, args, args.task)
         lora = lora_config(args, config.seed)
         with console.status("reading data and network"):
             prepared = _prepared(args, config.seed)
@@ -132,6 +141,10 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
         p.error("--new-head goes with --base; other networks get a head for the data's classes anyway")
     elif args.method != FROM_SCRATCH and args.weights is None:
         p.error(f"--method {args.method} fine-tunes a trained network: give --base or --weights")
+    if args.task not in (None, CLASSIFICATION):
+        _refuse(p, args, ("data_root", "download", "size", "new_head"), f"does not go with --task {args.task}")
+        if args.task == REGRESSION:
+            _refuse(p, args, ("class_names",), "names classes, and regression has none")
     if not args.data.startswith("cifar"):
         _refuse(p, args, ("data_root", "download"), "goes with cifar10 and cifar100")
     refuse_idle_lora_options(p, args)
@@ -160,6 +173,18 @@ def _prepared(args: argparse.Namespace, seed: int) -> Prepared:
     return start, with_classes(dataset, known), None if test is None else with_classes(test, known)
 
 
+def _task(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """As asked for, or as the checkpoint says."""
+    if args.base is None:
+        return args.task or CLASSIFICATION
+    from lorac_deploy.checkpoint import task_of
+
+    known = task_of(args.base)
+    if args.task not in (None, known):
+        p.error(f"--task {args.task}, but the checkpoint of --base is for {known}")
+    return known
+
+
 def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Dataset:
     from lorac_deploy.data import load_dataset, named
 
@@ -167,7 +192,13 @@ def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Datase
     if start is not None and start.input.is_image:
         channels, size = start.input.shape[0], start.input.shape[1:]
     dataset = load_dataset(
-        args.data, split=split, size=size, channels=channels, root=args.data_root, download=args.download
+        args.data,
+        split=split,
+        size=size,
+        channels=channels,
+        root=args.data_root,
+        download=args.download,
+        task=args.task,
     )
     return dataset if args.class_names is None else named(dataset, args.class_names)
 
@@ -177,8 +208,9 @@ def _new_network(args: argparse.Namespace, dataset: Dataset, seed: int) -> Start
     from lorac_deploy.models import ModelSpec, require_axes
     from lorac_deploy.start import from_model
 
-    model = args.model or MODEL[len(dataset.shape)]
-    spec = ModelSpec(model, len(dataset.class_names), args.cifar_stem, dataset.shape[0])
+    model = args.model or (DENSE_MODEL if args.task == SEGMENTATION else MODEL[len(dataset.shape)])
+    outputs = dataset.labels.shape[1] if args.task == REGRESSION else len(dataset.class_names)
+    spec = ModelSpec(model, outputs, args.cifar_stem, dataset.shape[0], args.task)
     require_axes(model, dataset.shape)
     known = args.data if args.data.startswith("cifar") else "imagenet" if args.weights else "data"
     normalization = args.normalize or (known if dataset.is_image and dataset.shape[0] == 3 else "data")
@@ -207,7 +239,7 @@ def _run(
         require_fresh_head_trains(start.module, start.fresh, start.input, method=args.method, config=config, lora=lora)
         console.print(f"these tensors start fresh: {', '.join(start.fresh)}")
     state = output_folder(args.out) / STATE
-    with _hint(console, state), _Display(console) as display:
+    with _hint(console, state), _Display(console, args.task) as display:
         report = train(
             start.module,
             dataset,
@@ -241,7 +273,10 @@ def _hint(console: Console, state: Path) -> Iterator[None]:
 class _Display:
     """A progress bar over all epochs, and a line for each."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, task: str) -> None:
+        from lorac_deploy.task_evaluation import METRICS
+
+        self._metric = METRICS[task]
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=None)
@@ -259,18 +294,23 @@ class _Display:
         done = (p.epoch - 1) * p.steps + p.step
         self._bar.update(self._task, description=text, completed=done, total=p.epochs * p.steps)
         if p.val_accuracy is not None:
-            self._bar.console.print(f"{text}  validation {p.val_accuracy:.1%}")
+            self._bar.console.print(f"{text}  validation {self._metric.text(p.val_accuracy)}")
 
 
 def _show(report: TrainReport, saved: Path, console: Console) -> None:
+    from lorac_deploy.task_evaluation import METRICS
+
+    metric = next(found for found in METRICS.values() if found.name == report.metric)
+    name = "" if metric.name == "accuracy" else f"{metric.name} "
     table = Table(show_header=False, title=str(saved))
     share = report.trained_parameters / report.model_parameters
     table.add_row("trained", f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})")
     table.add_row("samples", f"{report.train_images} for training, {report.val_images} for validation")
     before, after = report.accuracy_before, report.val_accuracy
     if before is not None and after is not None:
-        table.add_row("validation", f"{before:.1%} before, {after:.1%} after (epoch {report.kept_epoch})")
+        figures = f"{metric.text(before)} before, {metric.text(after)} after (epoch {report.kept_epoch})"
+        table.add_row("validation", f"{name}{figures}")
     if report.test_accuracy is not None:
-        table.add_row("test", f"{report.test_accuracy:.1%} of images that played no part in training")
+        table.add_row("test", f"{name}{metric.text(report.test_accuracy)} of images that played no part in training")
     table.add_row("time", f"{report.seconds:.1f} s")
     console.print(table)

@@ -180,12 +180,13 @@ def training_problems(t: TrainingDefaults) -> list[str]:
 
 def _ranges(t: TrainingDefaults) -> list[tuple[str, float, bool, str]]:
     """Name, value, whether it fits, and what would fit; NaN never does."""
-    least = {n: getattr(t, n) for n in ("weight_decay", "clip_norm", "momentum", "eps", "focal_gamma")}
+    least = {n: getattr(t, n) for n in ("weight_decay", "clip_norm", "momentum", "eps")}
     below_one = {"betas[0]": t.betas[0], "betas[1]": t.betas[1], "label_smoothing": t.label_smoothing}
     return [
         ("lr", t.lr, t.lr > 0, "above 0"),
         ("warmup", t.warmup, 0 <= t.warmup <= 1, "0 to 1"),
         ("dampening", t.dampening, True, "a finite number"),
+        ("focal_gamma", t.focal_gamma, t.focal_gamma == 0 or t.focal_gamma >= 1, "0, or 1 and more"),
         ("temperature", t.temperature, t.temperature > 0, "above 0"),
         ("distillation_weight", t.distillation_weight, 0 < t.distillation_weight < 1, "above 0 and below 1"),
         *((name, value, value >= 0, "0 or more") for name, value in least.items()),

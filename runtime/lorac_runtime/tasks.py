@@ -25,7 +25,7 @@ LOSSES_OF: dict[str, tuple[str, ...]] = {
     REGRESSION: ("l1", "mse"),
     CUSTOM: (OWN_LOSS,),
 }
-_BY_LABELLED_PIXEL = ("cross_entropy", "focal")  # means over the pixels with a label; other losses are over samples
+BY_LABELLED_PIXEL = ("cross_entropy", "focal")  # means over the pixels with a label; other losses are over samples
 
 Array = npt.NDArray[Any]
 Targets = Mapping[str, Array]
@@ -138,7 +138,7 @@ def weight_of(task: Task | None, loss: str, targets: Targets | Array | None, par
 
     So the loss of a batch is the mean of those of its parts, weighted with this.
     """
-    if task is None or task.kind != SEGMENTATION or loss not in _BY_LABELLED_PIXEL or not isinstance(targets, Mapping):
+    if task is None or task.kind != SEGMENTATION or loss not in BY_LABELLED_PIXEL or not isinstance(targets, Mapping):
         return float(len(range(*part.indices(count))))
     labels = targets[LABELS][part]
     return float(labels.size if task.ignore_index is None else np.count_nonzero(labels != task.ignore_index))
