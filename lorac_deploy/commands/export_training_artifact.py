@@ -273,7 +273,9 @@ def _show(report: ExportReport, *, list_changes: bool) -> None:
         table.add_row("added", str(manifest.additions))
     table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {_answers(manifest)}")
     if manifest.task is not None:
-        targets = ", ".join(f"{t.name} {t.dtype} {('N', *t.shape)}" for t in manifest.task.targets)
+        targets = ", ".join(
+            f"{t.name} {t.dtype} ({', '.join(map(str, ('N', *t.shape)))})" for t in manifest.task.targets
+        )
         table.add_row("data", f"{manifest.input.key} and {targets or 'nothing else'}; loss {manifest.training.loss}")
     table.add_row("files", f"{size:.1f} MB in all, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB")
     table.add_row("base.tflite", _tflite_text(report))

@@ -154,7 +154,7 @@ def test_partners_are_found_by_name(tmp_path: Path) -> None:
 
 
 def test_only_segmentation_reads_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="the task regression takes an .npz file with images and targets"):
+    with pytest.raises(DataError, match=r"the task regression takes an \.npz file with images and targets"):
         load_task_data(folder(tmp_path), manifest(), REGRESSION)
 
 
