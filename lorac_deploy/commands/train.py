@@ -72,7 +72,7 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         help="digits, cifar10, cifar100, an .npz file (images, or samples of signals, and labels), or a folder with "
-        "one sub-folder per class",
+        "one sub-folder per class (of other tasks see --task)",
     )
     g.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
     g.add_argument(

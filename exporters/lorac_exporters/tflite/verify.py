@@ -114,7 +114,10 @@ def _answers_check(fused: Path, folder: Path, manifest: mf.Manifest, state: Stat
 
 
 def answers(path: Path, images: npt.NDArray[np.uint8], spec: mf.InputSpec) -> Floats:
-    """The answers (n, classes, ...) to raw images, several outputs as `running.joined`. Raises ConversionError without a TFLite runtime."""
+    """The answers (n, classes, ...) to raw images, several outputs as `running.joined` has them.
+
+    Raises ConversionError without a TFLite runtime.
+    """
     found = TfliteAnswers(path, read_network(path), spec)(images)
     # channels first, as ONNX has them
     return joined([np.moveaxis(answer, -1, 1) for answer in found.values()])
