@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
@@ -27,6 +24,7 @@ from lorac_deploy.commands._options import (
     sizes,
     training_config,
 )
+from lorac_deploy.commands._training_display import Display, show
 from lorac_deploy.train_config import TrainConfig
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime.tasks import CLASSIFICATION, REGRESSION, SEGMENTATION
@@ -34,7 +32,7 @@ from lorac_runtime.tasks import CLASSIFICATION, REGRESSION, SEGMENTATION
 if TYPE_CHECKING:  # they import PyTorch
     from lorac_deploy.data import Dataset, Split
     from lorac_deploy.start import Start
-    from lorac_deploy.training_report import Progress, TrainReport
+    from lorac_deploy.training_report import TrainReport
 
     Prepared = tuple[Start, Dataset, Dataset | None]
 
@@ -127,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status("reading data and network"):
             prepared = _prepared(args, config.seed)
         report, saved = _run(args, console, prepared, config=config, lora=lora)
-    _show(report, saved, console)
+    show(report, saved, console)
     leave()
     return 0
 
@@ -239,7 +237,7 @@ def _run(
         require_fresh_head_trains(start.module, start.fresh, start.input, method=args.method, config=config, lora=lora)
         console.print(f"these tensors start fresh: {', '.join(start.fresh)}")
     state = output_folder(args.out) / STATE
-    with _hint(console, state), _Display(console, args.task) as display:
+    with _hint(console, state), Display(console, args.task) as display:
         report = train(
             start.module,
             dataset,
@@ -268,49 +266,3 @@ def _hint(console: Console, state: Path) -> Iterator[None]:
         if state.exists():
             console.print("the same command (without --restart) goes on after the last whole epoch")
         raise
-
-
-class _Display:
-    """A progress bar over all epochs, and a line for each."""
-
-    def __init__(self, console: Console, task: str) -> None:
-        from lorac_deploy.task_evaluation import METRICS
-
-        self._metric = METRICS[task]
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, p: Progress) -> None:
-        """Show a step; after validation, a line that stays."""
-        text = f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}"
-        done = (p.epoch - 1) * p.steps + p.step
-        self._bar.update(self._task, description=text, completed=done, total=p.epochs * p.steps)
-        if p.val_accuracy is not None:
-            self._bar.console.print(f"{text}  validation {self._metric.text(p.val_accuracy)}")
-
-
-def _show(report: TrainReport, saved: Path, console: Console) -> None:
-    from lorac_deploy.task_evaluation import METRICS
-
-    metric = next(found for found in METRICS.values() if found.name == report.metric)
-    name = "" if metric.name == "accuracy" else f"{metric.name} "
-    table = Table(show_header=False, title=str(saved))
-    share = report.trained_parameters / report.model_parameters
-    table.add_row("trained", f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})")
-    table.add_row("samples", f"{report.train_images} for training, {report.val_images} for validation")
-    before, after = report.accuracy_before, report.val_accuracy
-    if before is not None and after is not None:
-        figures = f"{metric.text(before)} before, {metric.text(after)} after (epoch {report.kept_epoch})"
-        table.add_row("validation", f"{name}{figures}")
-    if report.test_accuracy is not None:
-        table.add_row("test", f"{name}{metric.text(report.test_accuracy)} of images that played no part in training")
-    table.add_row("time", f"{report.seconds:.1f} s")
-    console.print(table)
