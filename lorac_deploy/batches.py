@@ -14,8 +14,9 @@ from lorac_deploy.data import Dataset
 from lorac_deploy.train_config import Augment
 from lorac_runtime.data import preprocess
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.tasks import IGNORED
 
-Batch = tuple[Tensor, Tensor]  # images float32 (n, C, H, W), or signals (n, ...); labels int64 (n,)
+Batch = tuple[Tensor, Tensor]  # images float32 (n, C, H, W), or signals (n, ...); labels as `Dataset` has them
 
 
 def batch_count(samples: int, batch_size: int) -> int:
@@ -34,8 +35,8 @@ def training_batches(
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(dataset))
     for indices in np.array_split(order, batch_count(len(dataset), batch_size)):
-        images = augmented(dataset.images[indices], augment, rng)
-        yield _tensors(images, spec), torch.from_numpy(dataset.labels[indices])
+        images, labels = moved(dataset.images[indices], dataset.labels[indices], augment, rng)
+        yield _tensors(images, spec), torch.from_numpy(labels)
 
 
 def ordered_batches(dataset: Dataset, spec: InputSpec, batch_size: int) -> Iterator[Batch]:
@@ -64,6 +65,18 @@ def augmented(images: npt.NDArray[Any], augment: Augment, rng: np.random.Generat
         mirrored = rng.random(count) < 0.5
         moved[mirrored] = moved[mirrored, :, ::-1]
     return moved
+
+
+def moved(
+    images: npt.NDArray[Any], labels: npt.NDArray[Any], augment: Augment, rng: np.random.Generator
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """`augmented` images and their labels: masks (n, h, w) move along, and what moves in has no label."""
+    if augment == "none" or labels.ndim != 3:
+        return augmented(images, augment, rng), labels
+    # as one more channel, counted from the label that is none, because zeros move in
+    masks = (IGNORED - labels).astype(np.uint8)[..., np.newaxis]
+    together = augmented(np.concatenate([images, masks], axis=-1), augment, rng)
+    return np.ascontiguousarray(together[..., :-1]), IGNORED - together[..., -1].astype(np.int64)
 
 
 def require_augmentable(images: npt.NDArray[Any], augment: Augment) -> None:

@@ -31,6 +31,7 @@ from lorac_runtime.adapter import check_adapter, load_adapter
 from lorac_runtime.data import preprocess
 from lorac_runtime.errors import ArtifactError, CheckpointError, listed
 from lorac_runtime.manifest import InputSpec, Manifest
+from lorac_runtime.tasks import require_classifier
 
 FUSED, FUSED_TFLITE = "fused.onnx", "fused.tflite"
 BATCH = 64
@@ -82,6 +83,7 @@ def certify(
     belong together, and where there is nothing to compare.
     """
     manifest = mf.load(artifact)
+    require_classifier(artifact, manifest.task, "a certificate compares classes", "use `lorac-deploy verify`")
     groups = {"base": _base_models(artifact, manifest)}
     if fused is not None:
         groups["fused"] = _fused_models(fused, manifest)

@@ -23,6 +23,7 @@ from lorac_runtime.files import output_folder, staged
 from lorac_runtime.manifest import InputSpec, sha256
 from lorac_runtime.manifest_checks import input_problems
 from lorac_runtime.schema import decode
+from lorac_runtime.tasks import REGRESSION
 
 FORMAT = "lorac-checkpoint"
 VERSION = 1
@@ -90,6 +91,11 @@ def save_checkpoint(
         config_part.write_text(text, encoding="utf-8")
 
 
+def task_of(folder: Path) -> str:
+    """What the network in a folder was trained for. Raises CheckpointError as `load_checkpoint` does."""
+    return _read_config(folder / CONFIG).model.task
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a folder that `save_checkpoint` wrote.
 
@@ -130,7 +136,7 @@ def _contradictions(spec: ModelSpec, input_spec: InputSpec, class_names: tuple[s
         problems.append(f"input: {input_spec.shape[0]} channels, the model takes {spec.channels}")
     elif len(input_spec.shape) != axes and not problems:
         problems.append(f"input: shape {input_spec.shape}, the model takes {AXES[axes]}")
-    if len(class_names) != spec.classes:
+    if len(class_names) != (0 if spec.task == REGRESSION else spec.classes):
         problems.append(f"class_names: {len(class_names)} names for {spec.classes} classes")
     return problems
 

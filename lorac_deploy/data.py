@@ -12,9 +12,11 @@ import numpy.typing as npt
 import PIL.Image
 
 from lorac_deploy._sources import NAMED, SPLITS, Pixels, Request, Split, folder_splits, read, resized
+from lorac_deploy.task_sources import read_task, require_labels, task_of_labels
 from lorac_runtime.data import stratified_split
 from lorac_runtime.errors import DataError
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.tasks import CLASSIFICATION, IGNORED, REGRESSION, SEGMENTATION
 
 __all__ = [
     "NORMALIZATIONS",
@@ -41,13 +43,15 @@ NORMALIZATIONS: dict[str, Statistics] = {
 class Dataset:
     """``images`` uint8 (n, height, width, 1 or 3); ``labels`` int64 (n,), numbers of ``class_names``.
 
-    Signals stand in ``images`` too: float32 (n, features) or (n, channels, length).
+    Signals stand in ``images`` too: float32 (n, features) or (n, channels, length). Of segmentation ``labels`` are
+    masks, int64 (n, height, width), where 255 is no label; of regression they are float32 (n, numbers), and there are
+    no ``class_names``.
 
     Raises DataError where these do not fit together.
     """
 
     images: npt.NDArray[Any]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any]
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -58,15 +62,15 @@ class Dataset:
                 "images must be uint8 (n, height, width, 1 or 3), signals float32 (n, features) or (n, channels, "
                 f"length), got {found}"
             )
-        if self.labels.dtype != np.int64 or self.labels.shape != self.images.shape[:1]:
-            found = f"{self.labels.dtype} {self.labels.shape}"
-            raise DataError(f"{len(self.images)} {self.key} need as many int64 labels, got {found}")
-        last = len(self.class_names) - 1
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() <= last:
-            raise DataError(f"labels must be 0 to {last}, got {self.labels.min()} to {self.labels.max()}")
+        require_labels(self.images, self.labels, self.task, len(self.class_names))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def task(self) -> str:
+        """What the labels are for, one of `lorac_runtime.tasks.TASKS`."""
+        return task_of_labels(self.labels)
 
     @property
     def is_image(self) -> bool:
@@ -102,6 +106,7 @@ def load_dataset(
     channels: int | None = None,
     root: Path | None = None,
     download: bool = False,
+    task: str = CLASSIFICATION,
 ) -> Dataset:
     """Read labelled images.
 
@@ -111,7 +116,9 @@ def load_dataset(
     one sub-folder of image files per class, perhaps below ``train/`` and ``test/``. ``size`` is (height, width):
     images are stretched to it (None: as stored; digits 32 x 32). ``channels`` is 1 or 3 (None: 3). An ``.npz`` file
     of signals holds ``samples`` instead of ``images``, finite floats (n, features) or (n, channels, length), which are
-    taken as they are: without size and channels.
+    taken as they are: without size and channels. For the ``task`` segmentation the labels of an ``.npz`` file are
+    masks (n, height, width), and a folder has ``images`` and ``masks`` of equal names; for regression the file holds
+    ``targets``, floats (n,) or (n, numbers). Both are taken at the size that they have.
 
     Raises DataError for what cannot be read, ValueError for arguments outside their range.
 
@@ -125,6 +132,8 @@ def load_dataset(
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be positive, got {size}")
+    if task != CLASSIFICATION:
+        return Dataset(*read_task(Path(name_or_path), task, size=size, channels=channels))
     if size is None and name_or_path == "digits":
         size = DIGITS_SIZE
     raw = read(Request(str(name_or_path), split, size, channels or 3, root, download))
@@ -176,10 +185,13 @@ def with_classes(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 
     Raises DataError naming the classes that are not among ``class_names``.
     """
+    if dataset.task == REGRESSION:
+        return dataset
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [name for name in dataset.class_names if name not in numbers]
     if not unknown:
-        order = np.array([numbers[name] for name in dataset.class_names], np.int64)
+        order = np.full(256, IGNORED, np.int64) if dataset.task == SEGMENTATION else np.zeros(len(numbers), np.int64)
+        order[: len(dataset.class_names)] = [numbers[name] for name in dataset.class_names]
         return Dataset(dataset.images, order[dataset.labels], tuple(class_names))
     unnamed = dataset.class_names == tuple(str(number) for number in range(len(dataset.class_names)))
     if unnamed and len(dataset.class_names) <= len(class_names):
@@ -238,7 +250,8 @@ def split_validation(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
 
     Raises ValueError for a fraction outside [0, 1), DataError where there are too few samples.
     """
-    train, held_out = stratified_split(dataset.labels, fraction, seed)
+    classes = dataset.labels if dataset.task == CLASSIFICATION else np.zeros(len(dataset), np.int64)
+    train, held_out = stratified_split(classes, fraction, seed)
     return dataset.select(train), dataset.select(held_out)
 
 

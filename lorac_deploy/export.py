@@ -20,10 +20,11 @@ from lorac_exporters.heads import find_head
 from lorac_exporters.onnx_file import read_graph
 from lorac_exporters.shapes import fix_image_size
 from lorac_exporters.torch_graph import export_graph
-from lorac_runtime.data import LocalData, load_data
+from lorac_runtime.data import LocalData, load_data, load_samples
 from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import InputSpec
 from lorac_runtime.manifest_checks import input_problems
+from lorac_runtime.tasks import CLASSIFICATION, CUSTOM, SEGMENTATION
 
 log = logging.getLogger(__name__)
 PIXEL_SCALE = 1 / 255
@@ -78,7 +79,10 @@ def export_training_artifact(
     config = config or ArtifactConfig()
     if (config.tflite == "int8") != (calibration is not None):
         raise ValueError(f"calibration and tflite 'int8' go together, got {calibration} and {config.tflite!r}")
-    given = _from_onnx(source) if isinstance(source, OnnxSource) else _from_checkpoint(source)
+    task = config.task.kind
+    given = _from_onnx(source, task) if isinstance(source, OnnxSource) else _from_checkpoint(source, task)
+    if anchors is not None and task != CLASSIFICATION:
+        raise ValueError(f"anchors are samples with a class, and the task is {task}: leave them out")
     images = None if calibration is None else _images(calibration, given)
     return write_artifact(
         given.model,
@@ -108,29 +112,55 @@ class _Given:
 
 def _images(path: Path, given: _Given) -> npt.NDArray[Any]:
     """The images (or signals) of local data, as `LocalData` has them; their labels do not matter here."""
-    return _samples(path, given, require_classes=0).images
+    return load_samples(path, given.spec)
 
 
 def _samples(path: Path, given: _Given, *, require_classes: int) -> LocalData:
     return load_data(path, given.spec, len(given.class_names), given.class_names, require_classes=require_classes)
 
 
-def _from_checkpoint(folder: Path) -> _Given:
+def _from_checkpoint(folder: Path, task: str) -> _Given:
     checkpoint = load_checkpoint(folder)
+    if task not in (checkpoint.spec.task, CUSTOM):
+        known = checkpoint.spec.task
+        raise ValueError(f"{folder} is a network for {known}: ArtifactConfig(task=TaskConfig({known!r})), got {task!r}")
     graph = export_graph(checkpoint.module, checkpoint.input.shape)
-    return _Given(graph, checkpoint.spec.name, checkpoint.input, checkpoint.class_names)
+    names = () if task == CUSTOM else checkpoint.class_names
+    return _Given(graph, checkpoint.spec.name, checkpoint.input, names)
 
 
-def _from_onnx(source: OnnxSource) -> _Given:
+def _from_onnx(source: OnnxSource, task: str) -> _Given:
     model = read_graph(source.path)
     if source.size is not None:
         fix_image_size(model, source.size)
     spec = _input_spec(model, source)
+    if task != CLASSIFICATION:
+        return _Given(model, source.path.stem, spec, _names_of_outputs(model, source, task))
     width = find_head(canonicalize(model, fold=False).model).classes
     classes = width if source.num_classes is None else source.num_classes
     if classes < 2:
         raise ConversionError(f"a classifier needs at least 2 classes, got --num-classes {classes}")
     return _Given(model, source.path.stem, spec, _class_names(source, classes), new_head=classes != width)
+
+
+def _names_of_outputs(model: ir.Model, source: OnnxSource, task: str) -> tuple[str, ...]:
+    """The classes of segmentation; other tasks have none."""
+    if task != SEGMENTATION:
+        if source.class_names is not None or source.num_classes is not None:
+            raise ConversionError(f"the task {task} has no classes: leave their number and their names out")
+        return ()
+    outputs = canonicalize(model, fold=False, head=False).model.graph.outputs
+    dims = static_dims(outputs[0]) or ()
+    if len(dims) < 3 or dims[1] is None:
+        raise ConversionError(
+            f"{source.path}: output {outputs[0].name!r} has shape {outputs[0].shape}, expected scores of classes for "
+            "each pixel, (batch, classes, height, width)"
+        )
+    if source.num_classes not in (None, dims[1]):
+        raise ConversionError(
+            f"num_classes is {source.num_classes}, the network has scores of {dims[1]}: only classifiers get a new head"
+        )
+    return _class_names(source, dims[1])
 
 
 def _input_spec(model: ir.Model, source: OnnxSource) -> InputSpec:

@@ -28,6 +28,7 @@ from lorac_runtime.errors import ArtifactError, OutputError
 from lorac_runtime.files import staged
 from lorac_runtime.manifest import Manifest
 from lorac_runtime.patch import batchnorm_tensors, fuse
+from lorac_runtime.tasks import require_classifier
 
 log = logging.getLogger(__name__)
 Target = Literal["tflite", "onnx"]
@@ -215,6 +216,8 @@ def _batches(tests: LocalData) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def _local(path: Path, manifest: Manifest) -> LocalData:
+    why = "answers to data are compared by the class that is said"
+    require_classifier(path, manifest.task, why, "leave the data out, and check the file with `lorac-deploy verify`")
     return load_data(path, manifest.input, manifest.output.classes, manifest.class_names, require_classes=1)
 
 

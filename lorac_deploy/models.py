@@ -17,9 +17,11 @@ from torch import nn
 
 from lorac_deploy import _torchvision, timm_nets
 from lorac_deploy.cifar_resnets import CifarResNet
+from lorac_deploy.segmentation_nets import SEGMENTATION_NETS, segmentation_net
 from lorac_deploy.signal_nets import Cnn1d, Mlp
 from lorac_deploy.structure import describe, find_head
 from lorac_deploy.weights import LoadReport, load_imagenet, load_weights
+from lorac_runtime.tasks import CLASSIFICATION, REGRESSION, SEGMENTATION
 
 __all__ = [
     "MODELS",
@@ -43,7 +45,8 @@ class ModelSpec:
     """All it takes to build a network again.
 
     ``name`` is one of `MODELS`, or ``timm/NAME``. ``cifar_stem`` swaps the stem for one that keeps the resolution of
-    small images: stride 1, no max-pooling. ``channels`` is the number of input channels, or of features.
+    small images: stride 1, no max-pooling. ``channels`` is the number of input channels, or of features. ``task`` is
+    what it is trained for; ``classes`` counts the numbers that it gives where that is regression.
 
     Raises ValueError for a name, a count or a combination that does not exist.
     """
@@ -52,6 +55,7 @@ class ModelSpec:
     classes: int
     cifar_stem: bool = False
     channels: int = 3
+    task: str = CLASSIFICATION
 
     def __post_init__(self) -> None:
         known = architecture(self.name)
@@ -59,6 +63,11 @@ class ModelSpec:
             raise ValueError(
                 f"{self.name} needs at least one class and one input channel, got {self.classes} and {self.channels}"
             )
+        if self.task not in (CLASSIFICATION, SEGMENTATION, REGRESSION):
+            raise ValueError(f"task {self.task!r} is not one of {CLASSIFICATION}, {SEGMENTATION}, {REGRESSION}")
+        if known.dense != (self.task == SEGMENTATION):
+            able = ", ".join(name for name, found in MODELS.items() if found.dense == (self.task == SEGMENTATION))
+            raise ValueError(f"{self.name} is no network for {self.task}; choose one of {able}")
         if self.cifar_stem and known.small_stem is None:
             able = ", ".join(name for name, architecture in MODELS.items() if architecture.small_stem)
             raise ValueError(
@@ -73,7 +82,8 @@ class Architecture:
 
     ``axes`` of a sample: 3 of an image, (channels, height, width), where ``make`` takes the number of classes and gives
     a network of 3 channels; 2 or 1 of a signal, (channels, length) or (features,), where it takes the number of
-    channels or features too, first, as it does with ``any_channels``.
+    channels or features too, first, as it does with ``any_channels``. ``dense``: it gives scores for each pixel,
+    (N, classes, H, W).
     """
 
     make: Callable[..., nn.Module]
@@ -81,6 +91,7 @@ class Architecture:
     why_no_small_stem: str = "its stem is not a single convolution with pooling that could be replaced"
     axes: int = 3
     any_channels: bool = False
+    dense: bool = False
 
 
 def architecture(name: str) -> Architecture:
@@ -102,6 +113,8 @@ def architecture(name: str) -> Architecture:
 
 def build(spec: ModelSpec, *, seed: int = 0) -> nn.Module:
     """A freshly initialised network that gives (N, classes) logits for (N, channels, H, W) images, or for signals.
+
+    One for segmentation gives (N, classes, H, W).
 
     The same spec and seed give the same numbers; the global random state is not touched.
     """
@@ -198,6 +211,7 @@ _STEMS: dict[tuple[str, ...], Callable[[Any], None] | None] = {
     ("densenet121", "densenet169", "densenet201"): _densenet_stem,
     ("squeezenet1_0", "squeezenet1_1"): None,
 }
+_DENSE = "it gives scores for each pixel"
 _CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 
 MODELS: dict[str, Architecture] = (
@@ -211,6 +225,10 @@ MODELS: dict[str, Architecture] = (
             functools.partial(CifarResNet, (depth - 2) // 6), why_no_small_stem="it was made for CIFAR and has one"
         )
         for depth in _CIFAR_DEPTHS
+    }
+    | {
+        name: Architecture(functools.partial(segmentation_net, name), why_no_small_stem=_DENSE, dense=True)
+        for name in SEGMENTATION_NETS
     }
     | {
         "mlp": Architecture(Mlp, why_no_small_stem="it takes no images", axes=1),

@@ -36,6 +36,7 @@ def describe(
 
     Convolutions come in the order of definition, which is the forward order in the networks of
     `lorac_deploy.models`. The first is the stem: a network that defines its layers in another order names it.
+    A module may name its own heads, several too, with an attribute ``heads``; see `Network.more_heads`.
     BN scale and shift count as parameters of their own only under the policy ``batch``. With ``input_shape``, that of
     one sample, a forward pass tells the order of calls and the sizes of feature maps too.
 
@@ -47,14 +48,17 @@ def describe(
     Raises ValueError if there is no head, a given name is not that of a fitting layer, or the network cannot process
     such a sample.
     """
-    head = find_head(module, head)
-    convs = _layers(module, _ConvNd, head, stem)
-    linears = _layers(module, nn.Linear, head, None if convs else stem)
+    heads = heads_of(module) if head is None else (find_head(module, head),)
+    head = heads[0]
+    convs = _layers(module, _ConvNd, heads, stem)
+    linears = _layers(module, nn.Linear, heads, None if convs else stem)
     if stem is not None and stem not in [layer.name for layer in (convs or linears)[:1]]:
         kind = "convolution" if convs else "linear layer before the head"
         raise ValueError(f"stem {stem!r} is not a {kind} of this network: {_some([c.name for c in convs or linears])}")
     tensors = {t.name: t for t in _tensors(module)}
-    in_head = {name: tensors[name] for leaf in ("weight", "bias") if (name := tensor_name(head, leaf)) in tensors}
+    leaves = [tensor_name(name, leaf) for name in heads for leaf in ("weight", "bias")]
+    in_head = {name: tensors[name] for name in leaves if name in tensors}
+    sharers = shared_weights(module)
     free = [layer for layer in (*convs, *linears) if layer.obstacle is None]
     planned = {layer.weight for layer in free} | {layer.bias for layer in free}
     if tensor_name(head, "weight") not in in_head:
@@ -70,8 +74,18 @@ def describe(
         others=tuple(t for t in others if not t.role.startswith("bn_")),
         linears=linears,
         head_obstacle=_unadaptable(module.get_submodule(head)),
+        more_heads=tuple(_layer(module, name, sharers, in_full=True) for name in heads[1:]),
     )
     return network if input_shape is None else with_sizes(network, module, input_shape)
+
+
+def heads_of(module: nn.Module) -> tuple[str, ...]:
+    """The layers that a module names in its attribute ``heads``, or the one that `find_head` finds.
+
+    Raises ValueError if there is none.
+    """
+    named: tuple[str, ...] = getattr(module, "heads", ())
+    return tuple(find_head(module, name) for name in named) or (find_head(module),)
 
 
 def find_head(module: nn.Module, name: str | None = None) -> str:
@@ -100,27 +114,29 @@ def find_head(module: nn.Module, name: str | None = None) -> str:
     return head
 
 
-def _layers(module: nn.Module, kind: type[_ConvNd] | type[nn.Linear], head: str, stem: str | None) -> tuple[Layer, ...]:
-    """The layers of a kind, the head not among them, in the order of definition; ``stem`` comes first."""
-    found = {n: m for n, m in module.named_modules() if isinstance(m, kind) and n != head}
+def _layers(
+    module: nn.Module, kind: type[_ConvNd] | type[nn.Linear], heads: tuple[str, ...], stem: str | None
+) -> tuple[Layer, ...]:
+    """The layers of a kind, the heads not among them, in the order of definition; ``stem`` comes first."""
+    found = [n for n, m in module.named_modules() if isinstance(m, kind) and n not in heads]
     names = sorted(found, key=lambda name: name != stem)
-    shared, layers = shared_weights(module), []
-    for index, name in enumerate(names):
-        part: Any = found[name]
-        own = _untrainable(part, shared.get(name, []))
-        unfit = _unadaptable(part)
-        layers.append(
-            Layer(
-                name=name,
-                weight=tensor_name(name, "weight"),
-                bias=None if part.bias is None else tensor_name(name, "bias"),
-                shape=tuple(part.weight.shape),
-                groups=getattr(part, "groups", 1),
-                obstacle=own or (unfit if index else None),
-                no_adapter=unfit,
-            )
-        )
-    return tuple(layers)
+    shared = shared_weights(module)
+    return tuple(_layer(module, name, shared, in_full=not index) for index, name in enumerate(names))
+
+
+def _layer(module: nn.Module, name: str, shared: dict[str, list[str]], *, in_full: bool) -> Layer:
+    """A layer of its name; ``in_full``: that it may take no adapter does not keep it from training in full."""
+    part: Any = module.get_submodule(name)
+    unfit = _unadaptable(part)
+    return Layer(
+        name=name,
+        weight=tensor_name(name, "weight"),
+        bias=None if part.bias is None else tensor_name(name, "bias"),
+        shape=tuple(part.weight.shape),
+        groups=getattr(part, "groups", 1),
+        obstacle=_untrainable(part, shared.get(name, [])) or (None if in_full else unfit),
+        no_adapter=unfit,
+    )
 
 
 def _untrainable(layer: nn.Module, sharers: list[str]) -> str | None:

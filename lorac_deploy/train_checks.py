@@ -17,6 +17,7 @@ from lorac_deploy.train_config import TrainConfig
 from lorac_runtime.data import LocalData, fingerprint
 from lorac_runtime.errors import ConversionError, DataError
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.tasks import CLASSIFICATION, LOSSES_OF, REGRESSION, SEGMENTATION
 
 
 def require_fit(module: nn.Module, dataset: Dataset, spec: InputSpec) -> None:
@@ -29,19 +30,32 @@ def require_fit(module: nn.Module, dataset: Dataset, spec: InputSpec) -> None:
         raise DataError(
             f"the {dataset.key} are {dataset.shape} {AXES[len(dataset.shape)]}, the network takes {spec.shape}"
         )
-    outputs = _outputs(module, dataset, spec)
-    if outputs != len(dataset.class_names):
-        raise ValueError(f"the network has {outputs} outputs, the data {len(dataset.class_names)} classes")
+    outputs, classes = _outputs(module, dataset, spec), len(dataset.class_names)
+    wanted = {SEGMENTATION: (classes, *dataset.labels.shape[1:]), REGRESSION: dataset.labels.shape[1:]}
+    if outputs != wanted.get(dataset.task, (classes,)):
+        if dataset.task == CLASSIFICATION and len(outputs) == 1:
+            raise ValueError(f"the network has {outputs[0]} outputs, the data {classes} classes")
+        expected = wanted.get(dataset.task, (classes,))
+        raise ValueError(f"the network answers with {outputs} for each sample, the {dataset.task} data want {expected}")
 
 
 def require_classes(dataset: Dataset) -> None:
     """Raise DataError for images of fewer than two classes."""
+    if dataset.task != CLASSIFICATION:
+        return
     present = np.unique(dataset.labels)
     if len(present) < 2:
         raise DataError(
             f"there are {len(dataset)} {dataset.key} of {len(present)} class: a network trained on them would always "
             f"give the same answer. Give {dataset.key} of at least two classes"
         )
+
+
+def require_loss(dataset: Dataset, config: TrainConfig) -> None:
+    """Raise ValueError for a loss that does not go with the task of the data."""
+    able = LOSSES_OF[dataset.task]
+    if config.loss not in able:
+        raise ValueError(f"loss {config.loss!r} does not go with task {dataset.task}: choose {' or '.join(able)}")
 
 
 def require_batches(samples: int, steps: int, config: TrainConfig) -> None:
@@ -86,12 +100,19 @@ def identity(
     facts = {"method": method, "input": repr(spec), "classes": ", ".join(dataset.class_names)}
     facts |= {name: repr(value) for name, value in dataclasses.asdict(config).items() if name != "threads"}
     facts |= {f"lora_{name}": repr(value) for name, value in dataclasses.asdict(lora).items()}
-    facts["images"] = fingerprint(LocalData(dataset.images, dataset.labels))[:16]
+    facts["images"] = fingerprint(_local(dataset))[:16]
     facts["starting weights"] = _digest(module)[:16]
     return facts
 
 
-def _outputs(module: nn.Module, dataset: Dataset, spec: InputSpec) -> int:
+def _local(dataset: Dataset) -> LocalData:
+    if dataset.task == CLASSIFICATION:
+        return LocalData(dataset.images, dataset.labels)
+    return LocalData(dataset.images, None, None, {"targets": dataset.labels})
+
+
+def _outputs(module: nn.Module, dataset: Dataset, spec: InputSpec) -> tuple[int, ...]:
+    """The shape of the answer to a sample."""
     training = module.training
     images, _ = next(ordered_batches(dataset.select(np.arange(1)), spec, 1))
     try:
@@ -103,7 +124,7 @@ def _outputs(module: nn.Module, dataset: Dataset, spec: InputSpec) -> int:
         ) from err
     finally:
         module.train(training)
-    return int(logits.shape[1])
+    return tuple(logits.shape[1:])
 
 
 def _digest(module: nn.Module) -> str:

@@ -15,6 +15,7 @@ Optimizer = Literal["adamw", "sgd"]
 Augment = Literal["none", "crop", "crop-flip"]
 Keep = Literal["best", "last"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
+LOSS_SETTINGS = {"focal_gamma": "focal", "distillation_weight": "distillation", "temperature": "distillation"}
 PEAK_LR: dict[Optimizer, float] = {"adamw": 1e-3, "sgd": 0.05}
 
 
@@ -59,6 +60,12 @@ class TrainConfig:
         default="cross_entropy",
         metadata=_shown("what training lowers; entropy is that of the outputs and makes no use of labels", *LOSSES),
     )
+    focal_gamma: float = field(default=2.0, metadata=_shown("exponent of the loss focal"))
+    distillation_weight: float = field(
+        default=0.5,
+        metadata=_shown("share of the loss distillation that is for the answers of the network it starts from, 0 to 1"),
+    )
+    temperature: float = field(default=2.0, metadata=_shown("that softens answers, of the loss distillation"))
     augment: Augment = field(
         default="none",
         metadata=_shown(
@@ -90,6 +97,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
+        problems += _idle_problems(self)
         if self.keep == "best" and self.val_fraction == 0:
             problems.append("keep is 'best', which needs validation images (val_fraction above 0), or keep 'last'")
         if problems:
@@ -110,11 +118,23 @@ def _number_problems(c: TrainConfig) -> list[str]:
         ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "0 or more"),
         ("warmup", c.warmup, 0 <= c.warmup <= 1, "0 to 1"),
         ("clip_norm", c.clip_norm, 0 <= c.clip_norm < math.inf, "0 or more"),
+        ("focal_gamma", c.focal_gamma, c.focal_gamma == 0 or 1 <= c.focal_gamma < math.inf, "0, or 1 and more"),
+        ("distillation_weight", c.distillation_weight, 0 < c.distillation_weight < 1, "above 0 and below 1"),
+        ("temperature", c.temperature, 0 < c.temperature < math.inf, "a positive number"),
         ("val_fraction", c.val_fraction, 0 <= c.val_fraction < 1, "0 or more and below 1"),
         ("seed", c.seed, 0 <= c.seed < 2**63, "0 or more"),
         ("threads", c.threads, c.threads is None or c.threads >= 1, "at least 1"),
     )
     return [f"{name} is {value}, expected {wanted}" for name, value, fits, wanted in limits if not fits]
+
+
+def _idle_problems(c: TrainConfig) -> list[str]:
+    """Settings of a loss that is not the one in use."""
+    fields = {f.name: f.default for f in dataclasses.fields(c)}
+    idle = [(name, loss) for name, loss in LOSS_SETTINGS.items() if loss != c.loss and getattr(c, name) != fields[name]]
+    return [
+        f"{name} is {getattr(c, name)}, a setting of the loss {loss}, and the loss is {c.loss}" for name, loss in idle
+    ]
 
 
 def _choice_problems(c: TrainConfig) -> list[str]:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ from lorac_deploy.acceleration import Acceleration, accelerated
 from lorac_deploy.batches import require_augmentable
 from lorac_deploy.data import Dataset
 from lorac_deploy.lora import METHODS, LoraConfig, detach, report_of, select_trainable
-from lorac_deploy.train_checks import identity, require_classes, require_fit
+from lorac_deploy.task_evaluation import METRICS
+from lorac_deploy.train_checks import identity, require_classes, require_fit, require_loss
 from lorac_deploy.train_config import DEFAULTS, TrainConfig
 from lorac_deploy.training_report import TrainReport
 from lorac_deploy.training_run import OnProgress, Run, evaluate
@@ -69,18 +71,22 @@ def train(
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     config, lora = config or DEFAULTS[method], lora or LoraConfig()
     METHODS[method].loss_of(config.loss)
+    require_loss(dataset, config)
     require_classes(dataset)
     require_augmentable(dataset.images, config.augment)
     for images in [dataset] if test is None else [dataset, test]:
         require_fit(module, images, input_spec)
     with accelerated(config.precision) as acceleration:
         config = dataclasses.replace(config, precision=acceleration.precision)
+        base = copy.deepcopy(module).eval().to(acceleration.device) if config.loss == "distillation" else None
         who = identity(module, dataset, input_spec, method=method, config=config, lora=lora)
         select_trainable(module, method, lora, bn_policy=config.bn_policy, input_shape=input_spec.shape)
         tell = on_progress if acceleration.index == 0 else None
         try:
             with _threads(config.threads), _channels_last(module), acceleration.placed(module):
-                run = Run(module, dataset, input_spec, config=config, on_progress=tell, acceleration=acceleration)
+                run = Run(
+                    module, dataset, input_spec, config=config, on_progress=tell, acceleration=acceleration, base=base
+                )
                 with acceleration.sharing(module):
                     _carry_out(run, who, state, restart=restart)
                 return _report(run, test)
@@ -133,6 +139,7 @@ def _report(run: Run, test: Dataset | None) -> TrainReport:
         accuracy_before=run.accuracy_before,
         val_accuracy=run.val_accuracy(),
         test_accuracy=None if test is None else evaluate(run.module, test, run.spec, acceleration=run.acceleration)[1],
+        metric=METRICS[run.task].name,
         seconds=sum(record.seconds for record in history),
     )
 

@@ -44,7 +44,8 @@ class TrainReport:
     """What a run did. Accuracies are fractions; ``seconds`` include those of a run that was resumed.
 
     ``kept_epoch`` is the epoch whose weights were kept. ``accuracy_before`` and ``val_accuracy`` are of the
-    validation images, None without any; ``test_accuracy`` is of images that played no part in training.
+    validation images, None without any; ``test_accuracy`` is of images that played no part in training. ``metric``
+    says what they are: "accuracy", of segmentation "mean IoU", of regression "mean absolute error".
     """
 
     method: str
@@ -60,6 +61,7 @@ class TrainReport:
     val_accuracy: float | None
     test_accuracy: float | None
     seconds: float
+    metric: str = "accuracy"
 
     def to_json(self) -> str:
         """The text of report.json."""
@@ -86,10 +88,11 @@ def _plot(report: TrainReport, path: Path) -> None:
     left.plot(epochs, [record.loss for record in report.history], marker="o", label="training")
     if report.val_images:
         left.plot(epochs, [record.val_loss for record in report.history], marker="o", label="validation")
-        right.plot(epochs, [100 * (record.val_accuracy or 0) for record in report.history], marker="o")
+        factor = 100 if report.metric == "accuracy" else 1
+        right.plot(epochs, [factor * (record.val_accuracy or 0) for record in report.history], marker="o")
     right.axvline(report.kept_epoch, linestyle=":", color="grey", label="kept")
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="validation accuracy, %")
+    right.set(xlabel="epoch", ylabel=f"validation {report.metric}" + (", %" if report.metric == "accuracy" else ""))
     left.legend()
     right.legend()
     figure.savefig(path, dpi=120, format="png")

@@ -14,7 +14,8 @@ from lorac_deploy.acceleration import ALONE, Acceleration
 from lorac_deploy.batches import batch_count, ordered_batches, training_batches
 from lorac_deploy.batchnorm import apply_policy, recalibrate
 from lorac_deploy.data import Dataset, split_validation
-from lorac_deploy.losses import LOSSES
+from lorac_deploy.losses import loss_of
+from lorac_deploy.task_evaluation import METRICS, evaluate_task
 from lorac_deploy.train_checks import require_batches, require_parts
 from lorac_deploy.train_config import TrainConfig
 from lorac_deploy.training_report import EpochRecord, Progress
@@ -29,6 +30,7 @@ from lorac_deploy.training_state import (
 from lorac_runtime.errors import DivergenceError
 from lorac_runtime.manifest import InputSpec
 from lorac_runtime.schedule import one_cycle
+from lorac_runtime.tasks import BY_LABELLED_PIXEL, CLASSIFICATION, IGNORED, SEGMENTATION
 
 EVALUATION_BATCH = 128
 
@@ -36,7 +38,10 @@ OnProgress = Callable[[Progress], None]
 
 
 class Run:
-    """Training of a prepared ``module`` (`lorac_deploy.lora.select_trainable`), in place."""
+    """Training of a prepared ``module`` (`lorac_deploy.lora.select_trainable`), in place.
+
+    ``base`` is what the loss distillation compares with, in evaluation mode.
+    """
 
     def __init__(
         self,
@@ -47,8 +52,10 @@ class Run:
         config: TrainConfig,
         on_progress: OnProgress | None = None,
         acceleration: Acceleration = ALONE,
+        base: nn.Module | None = None,
     ) -> None:
-        self.acceleration = acceleration
+        self.acceleration, self.base = acceleration, base
+        self.task, self.loss = dataset.task, loss_of(config, dataset.task)
         self.module, self.spec, self.config, self.on_progress = module, spec, config, on_progress
         self.train: Dataset = dataset
         self.val: Dataset | None = None
@@ -133,7 +140,7 @@ class Run:
             torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
             for step, (images, labels) in enumerate(batches, 1):
                 loss = self._step(images, labels, self._rate(number, step))
-                total += loss * len(labels)
+                total += loss * len(labels)  # of masks with little in them as of others
                 self._tell(number, step, loss, None)
         return total / len(self.train)
 
@@ -143,8 +150,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         part, expected = self.acceleration.part(images, labels)
-        share, parameters = len(expected) / len(labels), list(self.names)
-        loss = LOSSES[self.config.loss](self.acceleration.outputs(self.module, part), expected)
+        share, parameters = self._share(expected, labels), list(self.names)
+        loss = self.loss(self.acceleration.outputs(self.module, part), expected, self._answers(part))
         (value,) = self.acceleration.total(loss.item() * share)
         self._require_finite(value)
         self.optimizer.zero_grad()
@@ -153,6 +160,19 @@ class Run:
             self.acceleration.clip(parameters, self.config.clip_norm)
         self.stepper.step()
         return value
+
+    def _share(self, part: Tensor, whole: Tensor) -> float:
+        """How much a part of a batch weighs in its mean loss: its samples, or its pixels with a label."""
+        if self.task == SEGMENTATION and self.config.loss in BY_LABELLED_PIXEL:
+            return int((part != IGNORED).sum()) / max(1, int((whole != IGNORED).sum()))
+        return len(part) / len(whole)
+
+    def _answers(self, images: Tensor) -> Tensor | None:
+        """What the base answers; None where no loss asks for it."""
+        if self.base is None:
+            return None
+        with torch.no_grad():
+            return self.acceleration.outputs(self.base, images)
 
     def _rate(self, number: int, step: int) -> float:
         config, done = self.config, (number - 1) * self.steps + step - 1
@@ -165,7 +185,8 @@ class Run:
 
     def _keep(self, number: int, accuracy: float | None) -> None:
         best = self.history[self.kept_epoch - 1].val_accuracy if self.kept_epoch else None
-        if self.config.keep == "last" or best is None or accuracy is None or accuracy >= best:
+        last = self.config.keep == "last" or best is None or accuracy is None
+        if last or METRICS[self.task].no_worse(float(accuracy or 0), float(best or 0)):
             self.kept_epoch, self.kept = number, self._snapshot()
 
     def _snapshot(self) -> Tensors:
@@ -198,6 +219,9 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (fraction) in evaluation mode; ``module`` keeps its mode.
 
+    Of segmentation both are over pixels with a label, and the mean intersection over union stands for the accuracy; of
+    regression both are the mean absolute error.
+
     >>> from lorac_deploy.data import input_spec
     >>> images = np.zeros((4, 8, 8, 1), np.uint8)
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
@@ -206,6 +230,8 @@ def evaluate(
     >>> round(loss, 4), accuracy
     (0.6931, 0.75)
     """
+    if dataset.task != CLASSIFICATION:
+        return evaluate_task(module, dataset, spec, acceleration=acceleration)
     training = module.training
     module.eval()
     loss, right = 0.0, 0

@@ -11,11 +11,15 @@ import pytest
 
 from lorac_exporters.tflite.rules import RULES
 from lorac_runtime import manifest
+from lorac_runtime.tasks import Output, Target, Task
 
 SECTIONS = (
     manifest.Manifest,
     manifest.InputSpec,
     manifest.OutputSpec,
+    Task,
+    Target,
+    Output,
     manifest.Adapter,
     manifest.Partial,
     manifest.Trainable,

@@ -100,6 +100,7 @@ def write_artifact(
         method=config.method,
         lora=config.lora,
         policy=config.policy,
+        task=config.task,
     )
     parameters = count_parameters(graphs.original)
     naming = Naming(name, class_names, parameters)
@@ -149,6 +150,8 @@ def write_graphs(
         if anchors is not None:
             arrays: dict[str, Any] = {graphs.spec.key: anchors.images, "labels": anchors.known_labels()}
             np.savez_compressed(folder / mf.ANCHORS, **arrays)
+        if graphs.purpose is not None and graphs.purpose.loss is not None:
+            ir.save(graphs.purpose.loss, folder / mf.LOSS)
         manifest = _manifest(folder, graphs, lite, naming, config)
         entries = _write_training(folder, graphs, engines, manifest, config, adapter, on_progress)
         manifest = _finished(folder, manifest, entries)
@@ -193,6 +196,7 @@ def _manifest(folder: Path, graphs: Graphs, lite: TfliteBase, naming: Naming, co
         coordinates="unfolded" if graphs.live else "folded",
         input=dataclasses.replace(graphs.spec, name=str(graphs.base.model.graph.inputs[0].name)),
         output=mf.OutputSpec(str(graphs.base.model.graph.outputs[0].name), len(naming.class_names)),
+        task=None if graphs.purpose is None else graphs.purpose.task,
         class_names=naming.class_names,
         adapters=graphs.plan.adapters,
         partials=graphs.plan.partials,

@@ -14,8 +14,10 @@ from lorac_exporters.choices import (
 )
 from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import LoraConfig
+from lorac_exporters.task_config import TaskConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.manifest_checks import training_problems
+from lorac_runtime.tasks import CLASSIFICATION, LOSSES_OF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class ArtifactConfig:
     certain loss refuses another one in ``training``. ``engine`` says what it is for: ``auto`` is `onnxruntime` wherever
     that can train the model. ``form`` is how that engine computes adapters: thin branches, updated weights, or for each
     layer what costs less (``auto``). ``tflite`` says how base.tflite stores its weights; ``auto`` is float32, or no
-    such file where TFLite cannot do the model.
+    such file where TFLite cannot do the model. ``task`` is what the network does.
 
     Raises ValueError for a value out of range.
     """
@@ -38,6 +40,7 @@ class ArtifactConfig:
     form: FormChoice = "auto"
     tflite: TfliteChoice = "auto"
     training: mf.TrainingDefaults | None = None
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -49,6 +52,11 @@ class ArtifactConfig:
             problems.append(f"form {self.form!r} is not one of {', '.join(FORM_CHOICES)}")
         elif self.form != "auto" and not METHODS[self.method].adapts:
             problems.append(f"form {self.form!r} is one of adapters, and method {self.method} has none: leave it out")
+        if self.settings.loss == "distillation" and self.policy == "recalibrate":
+            problems.append(
+                "loss 'distillation' compares with the base as it is, and BN policy 'recalibrate' changes it"
+            )
+        problems += _task_problems(self.task, self.settings, self.engine)
         if self.tflite not in TFLITE_CHOICES:
             problems.append(f"tflite {self.tflite!r} is not one of {', '.join(TFLITE_CHOICES)}")
         if problems:
@@ -67,6 +75,17 @@ class ArtifactConfig:
         (0.03, 0.001)
         """
         return METHODS[self.method].training() if self.training is None else self.training
+
+
+def _task_problems(task: TaskConfig, training: mf.TrainingDefaults, engine: EngineChoice) -> list[str]:
+    """A loss that is not one of the task's, and an engine that has the classifier's only; a line each."""
+    able = LOSSES_OF[task.kind]
+    problems = []
+    if training.loss not in able:
+        problems.append(f"loss {training.loss!r} does not go with task {task.kind}: choose {' or '.join(able)}")
+    if task.kind != CLASSIFICATION and engine not in ("auto", "onnxruntime"):
+        problems.append(f"engine {engine!r} has the losses of classifiers only: task {task.kind} needs onnxruntime")
+    return problems
 
 
 def _engine_problems(choice: EngineChoice, training: mf.TrainingDefaults) -> list[str]:

@@ -60,12 +60,13 @@ def canonicalize(model: ir.Model, *, fold: bool = True, head: bool = True) -> Ca
 
     With ``fold=False`` BatchNormalization nodes stay as they are, and their numbers are in ``values``. A batch size
     fixed in the file is freed, and the result compared with the original by running both. With ``head=False`` the
-    model need not be a classifier: its output may have any shape that begins with the batch, one score per pixel say.
+    model need not be a classifier: its output may have any shape that begins with the batch, one score per pixel say,
+    and there may be several.
 
     Raises ConversionError if the model cannot be adapted, naming all that is in the way.
     """
     twin = model.clone()
-    changes, given = _clean(twin)
+    changes, given = _clean(twin, head=head)
     fixed_batch = (static_dims(twin.graph.inputs[0]) or (None,))[0]
     changes += [*free_batch(twin), *settle_shapes(twin)]
     changes += [*cleaning.drop_idle_pads(twin), *cleaning.explicit_pads(twin.graph)]
@@ -97,10 +98,10 @@ def with_new_head(canonical: Canonical, classes: int, *, seed: int) -> Canonical
     )
 
 
-def _clean(model: ir.Model) -> tuple[list[str], frozenset[str]]:
+def _clean(model: ir.Model, *, head: bool) -> tuple[list[str], frozenset[str]]:
     """Functions, constants and idle nodes; returns the changes, and the names of the model's own initializers."""
     changes = [*cleaning.inline_functions(model), *cleaning.own_initializers(model)]
-    check_supported(model)
+    check_supported(model, classifier=head)
     changes += cleaning.unmerge_copies(model)
     given = frozenset(model.graph.initializers)
     return [*changes, *cleaning.fold_constants(model), *cleaning.drop_idle_nodes(model)], given

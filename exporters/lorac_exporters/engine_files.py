@@ -37,7 +37,8 @@ def chosen(choice: EngineChoice, graphs: Graphs, training: TrainingDefaults) -> 
     elif choice != "auto":
         wanted = (choice,)
     else:
-        other = obstacles(graphs, _STEP) and not obstacles(graphs, _TRAINING)
+        classifier = graphs.purpose is None  # the other engine has no other loss
+        other = classifier and obstacles(graphs, _STEP) and not obstacles(graphs, _TRAINING)
         wanted = (_TRAINING,) if other and not training_ort.optimizer_problems(training) else (_STEP,)
     if _TRAINING in wanted and not graphs.plan.trainables:
         raise ConversionError(

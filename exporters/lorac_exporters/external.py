@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from lorac_exporters.gradients.tape import dims
-from lorac_exporters.graph_tools import array, name_of
+from lorac_exporters.graph_tools import array, is_setting, name_of
 from lorac_exporters.patch_table import initializer_offsets
 from lorac_runtime.errors import OutputError
 
@@ -46,9 +45,9 @@ def external_names(model: ir.Model) -> list[str]:
 
 
 def _parameters(graph: ir.Graph, names: Container[str]) -> list[ir.Value]:
-    """Float tensors; scalars are settings of operators and stay in the graph."""
+    """Float tensors; settings of operators stay in the graph."""
     chosen = (v for name, v in graph.initializers.items() if name in names)
-    return [v for v in chosen if v.dtype == ir.DataType.FLOAT and len(dims(v)) > 0]
+    return [v for v in chosen if v.dtype == ir.DataType.FLOAT and not is_setting(v)]
 
 
 def _places_in(base: Path, tensors: Iterable[ir.Value]) -> dict[str, tuple[str, int]]:

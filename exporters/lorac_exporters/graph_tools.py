@@ -17,8 +17,9 @@ from lorac_runtime.errors import OutputError
 
 Array = npt.NDArray[np.generic]
 
-# Operators whose second input is a weight and whose third, if any, is a bias.
 FILTERS = "lorac.filters"  # metadata: weights of convolutions that are no parameters of the network, a JSON list
+
+# Operators whose second input is a weight and whose third, if any, is a bias.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -202,6 +203,17 @@ def need_graph(node: ir.Node) -> ir.Graph:
     if not isinstance(node.graph, ir.Graph):
         raise ValueError(f"{describe(node)} belongs to no graph")
     return node.graph
+
+
+def is_setting(value: ir.Value) -> bool:
+    """Whether a constant is no parameter but says what an operator does: a scalar, or the factors of a Resize.
+
+    >>> is_setting(ir.Value(name="bound", shape=ir.Shape([])))
+    True
+    """
+    uses = value.uses()
+    resizes = bool(uses) and all(use.node.op_type == "Resize" and use.idx > 0 for use in uses)
+    return resizes or (value.shape is not None and len(value.shape) == 0)
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -19,10 +19,12 @@ from lorac_exporters.modules.insertion import with_modules
 from lorac_exporters.plan import LoraConfig, Network, Plan
 from lorac_exporters.preprocessing import add_preprocessing
 from lorac_exporters.rewrites import rewrite_for_training
+from lorac_exporters.task_graph import Purpose, TaskConfig, purpose_of
 from lorac_runtime.additions import Additions
 from lorac_runtime.description import touched
 from lorac_runtime.errors import ConversionError
 from lorac_runtime.manifest import BnPolicy, InputSpec
+from lorac_runtime.tasks import CLASSIFICATION
 
 Floats = npt.NDArray[np.float32]
 
@@ -32,7 +34,8 @@ class Graphs:
     """``base`` becomes base.onnx; ``original`` is the same network before folding, the one that trains if ``live``.
 
     Both hold the modules of the plan; ``additions`` counts what these add. ``norms`` is the content of
-    batchnorm.safetensors where an artifact has told it already, and ``original`` knows nothing of BN.
+    batchnorm.safetensors where an artifact has told it already, and ``original`` knows nothing of BN. ``purpose`` is
+    the task; None is classification.
     """
 
     base: Canonical
@@ -44,6 +47,7 @@ class Graphs:
     live: bool = False
     additions: Additions | None = None
     norms: Mapping[str, npt.NDArray[np.generic]] | None = None
+    purpose: Purpose | None = None
 
     @property
     def trained(self) -> Canonical:
@@ -91,6 +95,7 @@ class Graphs:
         names += [
             self.network.head_weight[0],
             *([self.network.head_bias[0]] if self.network.head_bias else []),
+            *(n for layer in self.network.more_heads for n in (layer.weight, layer.bias) if n is not None),
         ]
         names += [n for layer in self.network.linears for n in (layer.weight, layer.bias) if n is not None]
         names += [t.name for t in self.network.others]
@@ -111,23 +116,28 @@ def build_graphs(
     method: str,
     lora: LoraConfig,
     policy: BnPolicy,
+    task: TaskConfig | None = None,
 ) -> Graphs:
     """Canonical graphs and the plan. Whether an engine can train them, `engine_files.chosen` tells.
 
     Raises ConversionError if the classifier has another width than ``classes`` and no new one is
-    wanted, a new one would not train, or ``lora.blocks`` are not in this network.
+    wanted, a new one would not train, ``lora.blocks`` are not in this network, or its outputs do not fit the ``task``.
     """
-    base, original = canonicalize(model), canonicalize(model, fold=False)
+    task = task or TaskConfig()
+    head = task.kind == CLASSIFICATION
+    base, original = canonicalize(model, head=head), canonicalize(model, fold=False, head=head)
     if new_head:
         base, original = (with_new_head(form, classes, seed=lora.seed) for form in (base, original))
     _check_policy(policy, base)
-    _check_width(find_head(base.model).classes, classes)
+    purpose = purpose_of(base.model, task)
+    width = find_head(base.model).classes if purpose is None else purpose.task.classes
+    _check_width(width, classes)
     if spec.in_graph:
         add_preprocessing(base.model, spec)
         add_preprocessing(original.model, spec)
     live = policy == "batch" or METHODS[method].batchnorm == "live"
-    network = _network(base, original, live=live)
-    plain = Graphs(base, original, Plan(method, (), (), ()), policy, spec, network, live)
+    network = _network(base, original, live=live, classifier=head)
+    plain = Graphs(base, original, Plan(method, (), (), ()), policy, spec, network, live, purpose=purpose)
     graphs = planned(plain, method, lora)
     if new_head:
         _require_head(graphs, lora)
@@ -170,13 +180,16 @@ def _check_width(width: int, classes: int) -> None:
         raise ConversionError(f"the classifier has {width} outputs, but {classes} class names were given")
 
 
-def _network(base: Canonical, original: Canonical, *, live: bool) -> Network:
+def _network(base: Canonical, original: Canonical, *, live: bool, classifier: bool) -> Network:
     """The graph that trains; biases of zeros that only the canonical form has do not, unless BN is folded into them."""
-    network = describe(original if live else base, original)
+    network = describe(original if live else base, original, classifier=classifier)
     filled = () if live else {bn.folded_into[1] for bn in base.batchnorms}
     idle = {name for name in original.added if name not in filled}
-    convs = tuple(dataclasses.replace(c, bias=None) if c.bias in idle else c for c in network.convs)
-    return dataclasses.replace(network, convs=convs)
+    convs, heads = (
+        tuple(dataclasses.replace(layer, bias=None) if layer.bias in idle else layer for layer in layers)
+        for layers in (network.convs, network.more_heads)
+    )
+    return dataclasses.replace(network, convs=convs, more_heads=heads)
 
 
 def _check_policy(policy: BnPolicy, base: Canonical) -> None:

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from lorac_exporters.batchnorm import norm_layers
 from lorac_exporters.canonical import Canonical
-from lorac_exporters.graph_tools import FILTERS, array, constant, convolutions, layer_name, static_dims
-from lorac_exporters.heads import find_head
-from lorac_exporters.linear_layers import linear_layers, linear_obstacle, linear_tensors, weighted_nodes
+from lorac_exporters.graph_tools import FILTERS, array, constant, convolutions, is_setting
+from lorac_exporters.head_layers import conv_layer, head_layers, map_size
+from lorac_exporters.linear_layers import linear_layers, linear_tensors, weighted_nodes
 from lorac_exporters.partials import inject_partial
 from lorac_exporters.plan import Layer, Network, Plan, Size, layer_of
 from lorac_runtime.delta import adapter_shapes, conv_dims
@@ -28,30 +28,34 @@ from lorac_runtime.manifest import Adapter
 Floats = npt.NDArray[np.float32]
 
 
-def describe(canonical: Canonical, original: Canonical | None = None) -> Network:
+def describe(canonical: Canonical, original: Canonical | None = None, *, classifier: bool = True) -> Network:
     """The facts of a canonical graph that `lorac_exporters.plan` needs.
 
     ``original`` is the same network with its BN kept; it gives the parameter count of the network as its
-    author knows it (BN and no added biases), which decides rank mode ``auto``.
+    author knows it (BN and no added biases), which decides rank mode ``auto``. A ``classifier`` has one head, other
+    networks may have several.
     """
-    head = find_head(canonical.model)
+    head, *more = head_layers(canonical.model, canonical.values, classifier=classifier)
+    weights = {layer.weight for layer in (head, *more)}
     filters = fixed_filters(canonical.model)
-    convs = tuple(_fixed(_conv_layer(node), filters) for node in convolutions(canonical.model.graph))
-    linears = linear_layers(canonical.model.graph, canonical.values, head.weight)
+    convs = tuple(_fixed(conv_layer(node), filters) for node in convolutions(canonical.model.graph))
+    linears = linear_layers(canonical.model.graph, canonical.values, weights)
     planned = {name for layer in linears if layer.obstacle is None for name in (layer.weight, layer.bias)}
-    rest = linear_tensors(canonical.model.graph, canonical.values, head.weight)
-    weight, bias = canonical.values[head.weight], canonical.values[head.bias]
+    rest = linear_tensors(canonical.model.graph, canonical.values, weights)
+    in_heads = [name for layer in (head, *more) for name in (layer.weight, layer.bias) if name is not None]
     kept_bn = canonical.batchnorms if _has_batchnorm_nodes(canonical) else ()
     network = Network(
         convs=convs,
-        head_weight=(head.weight, weight.shape),
-        head_bias=(head.bias, bias.shape),
-        backbone_parameters=count_parameters(original or canonical) - weight.size - bias.size,
+        head_weight=(head.weight, head.shape),
+        head_bias=None if head.bias is None else (head.bias, canonical.values[head.bias].shape),
+        backbone_parameters=count_parameters(original or canonical)
+        - sum(canonical.values[name].size for name in in_heads),
         batchnorms=tuple((bn.weight, bn.bias, canonical.values[bn.weight].size) for bn in kept_bn),
         others=tuple(t for t in rest if t.name not in planned),
         linears=linears,
-        head_obstacle=_head_obstacle(head.node),
+        head_obstacle=head.obstacle,
         norms=norm_layers(canonical.batchnorms, canonical.values, folded=not kept_bn),
+        more_heads=tuple(more),
     )
     return dataclasses.replace(network, order=_order(canonical, network))
 
@@ -75,30 +79,17 @@ def _order(canonical: Canonical, network: Network) -> tuple[tuple[str, Size | No
     for node in canonical.model.graph:
         names = (layer_of(str(value.name)) for value in node.inputs if value is not None)
         for name in names:
-            if name in layers | {network.head}:
-                found.setdefault(name, _map_size(node.outputs[0]) if name in sized else None)
+            if name in layers.union(network.heads):
+                found.setdefault(name, map_size(node.outputs[0]) if name in sized else None)
     return tuple(found.items())
-
-
-def _map_size(value: ir.Value | None) -> Size | None:
-    """Spatial size of a feature map; None where it is not fixed."""
-    dims = static_dims(value)
-    sizes = () if dims is None else dims[2:]
-    known = tuple(size for size in sizes if size is not None)
-    return None if dims is None or len(known) < len(sizes) else known
-
-
-def _head_obstacle(node: ir.Node) -> str | None:
-    """Why the head takes no adapter."""
-    return _conv_layer(node).obstacle if node.op_type == "Conv" else linear_obstacle(node)
 
 
 def count_parameters(canonical: Canonical) -> int:
     """Parameters as PyTorch counts them: running statistics and the zero biases that we added left out."""
     skipped = {name for bn in canonical.batchnorms for name in (bn.running_mean, bn.running_var)}
     skipped |= fixed_filters(canonical.model)
-    counted = (v for k, v in canonical.values.items() if k not in skipped | canonical.added)
-    return sum(v.size for v in counted if v.ndim)  # scalars are settings of operators, such as the bounds of Clip
+    settings = {name for name, value in canonical.model.graph.initializers.items() if is_setting(value)}
+    return sum(v.size for k, v in canonical.values.items() if k not in skipped | settings | canonical.added)
 
 
 def starting_values(plan: Plan, base: dict[str, Floats], *, seed: int) -> dict[str, Floats]:
@@ -186,26 +177,6 @@ def _scaled(graph: ir.Graph, arranged: ir.Value, adapter: Adapter, values: dict[
     scale_node = ir.node("Mul", [alpha, inverse], name=f"{adapter.layer}.lora_scale")
     delta = ir.node("Mul", [arranged, scale_node.outputs[0]], name=f"{adapter.layer}.lora_delta")
     return [scale_node, delta]
-
-
-def _conv_layer(node: ir.Node) -> Layer:
-    weight, bias = node.inputs[1], node.inputs[2]
-    assert weight is not None
-    assert bias is not None
-    shape = array(weight)
-    if shape is None:
-        raise ConversionError(f"the weight of convolution {node.name} is computed in the graph, not stored")
-    shared = len(weight.uses()) > 1
-    return Layer(
-        name=layer_name(str(weight.name)),
-        weight=str(weight.name),
-        bias=None if shared else str(bias.name),
-        shape=shape.shape,
-        groups=node.attributes.get_int("group", 1),
-        obstacle="its weight is shared with another layer" if shared else None,
-        size_in=_map_size(node.inputs[0]),
-        size_out=_map_size(node.outputs[0]),
-    )
 
 
 def _has_batchnorm_nodes(canonical: Canonical) -> bool:

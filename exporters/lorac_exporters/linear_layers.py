@@ -6,7 +6,7 @@ What is written otherwise can train in full, but stays without adapter, and says
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -29,23 +29,23 @@ from lorac_runtime.manifest import Trainable
 Floats = npt.NDArray[np.float32]
 
 
-def linear_layers(graph: ir.Graph, values: Mapping[str, Floats], head_weight: str) -> tuple[Layer, ...]:
-    """Every Gemm and MatMul with a stored weight but the head, in the order of the graph; a shared weight is one layer.
+def linear_layers(graph: ir.Graph, values: Mapping[str, Floats], heads: Container[str]) -> tuple[Layer, ...]:
+    """Every Gemm and MatMul with a stored weight, in the order of the graph; a shared weight is one layer.
 
-    ``values`` are the float initializers by name.
+    ``values`` are the float initializers by name; ``heads`` are weights that are left out.
     """
     found: dict[str, Layer] = {}
     for node, weight in _products(graph, values):
-        if weight != head_weight and weight not in found:
+        if weight not in heads and weight not in found:
             found[weight] = _layer(node, weight, values)
     return tuple(found.values())
 
 
-def linear_tensors(graph: ir.Graph, values: Mapping[str, Floats], head_weight: str) -> tuple[Trainable, ...]:
+def linear_tensors(graph: ir.Graph, values: Mapping[str, Floats], heads: Container[str]) -> tuple[Trainable, ...]:
     """Weights and biases of fully connected layers before the head, in the order of the graph."""
     found: dict[str, Trainable] = {}
     for node, weight in _products(graph, values):
-        if weight != head_weight:
+        if weight not in heads:
             names = [name_of(v) for v in node.inputs if v is not None and v.name in values]
             for name, role in zip(names, ("weight", "bias"), strict=False):  # a bias may be absent
                 found.setdefault(name, Trainable(name, values[name].shape, role))

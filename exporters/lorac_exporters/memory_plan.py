@@ -19,12 +19,14 @@ from lorac_exporters.canonical import Canonical
 from lorac_exporters.graph_tools import float_array, to_bytes
 from lorac_exporters.graphs import Graphs
 from lorac_exporters.inject import describe, starting_values
+from lorac_exporters.loss_graph import read_loss_graph
 from lorac_exporters.memory import Peak, peak
 from lorac_exporters.methods import METHODS
 from lorac_exporters.modules.removal import without_modules
 from lorac_exporters.plan import LoraConfig, Network, Plan
 from lorac_exporters.prefix import PREFIX
 from lorac_exporters.stages import blocks_of
+from lorac_exporters.task_graph import Purpose
 from lorac_exporters.training_step import StepConfig
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import ArtifactError, ConversionError
@@ -122,11 +124,28 @@ def read_graphs(folder: Path, manifest: mf.Manifest) -> Graphs:
     for name, numbers in values.items():  # read from the file once, not for every graph that is made
         model.graph.initializers[name].const_value = ir.tensor(numbers, name=name)
     base = Canonical(model, (), manifest.batchnorms, values, frozenset())
-    network = describe(base)
-    head = sum(values[name].size for name, _ in (network.head_weight, network.head_bias or network.head_weight))
+    network = describe(base, classifier=manifest.task is None)
+    heads = [*network.head_weights, *(network.head_bias or ())[:1], *(h.bias for h in network.more_heads if h.bias)]
+    head = sum(values[name].size for name in heads)
     network = dataclasses.replace(network, backbone_parameters=manifest.model_parameters - head)
     norms = load_file(folder / mf.BATCHNORM) if manifest.batchnorms else None
-    return Graphs(base, base, Plan("head", (), (), ()), "frozen", manifest.input, network, norms=norms)
+    return Graphs(
+        base,
+        base,
+        Plan("head", (), (), ()),
+        "frozen",
+        manifest.input,
+        network,
+        norms=norms,
+        purpose=_purpose(folder, manifest),
+    )
+
+
+def _purpose(folder: Path, manifest: mf.Manifest) -> Purpose | None:
+    if manifest.task is None:
+        return None
+    own = read_loss_graph(folder / mf.LOSS, manifest.task.outputs) if mf.LOSS in manifest.files else None
+    return Purpose(manifest.task, own)
 
 
 def choices(network: Network) -> list[Choice]:
@@ -146,7 +165,7 @@ def late_blocks(network: Network) -> list[tuple[str, tuple[str, ...]]]:
     try:
         told = blocks_of(network)
     except ValueError:
-        layers = [conv.name for conv in network.convs if conv.weight != network.head_weight[0]]
+        layers = [conv.name for conv in network.hidden_convs]
         return [(_range(blocks), (*blocks, "head")) for blocks in last_stages(layers)]
     found: list[tuple[str, tuple[str, ...]]] = [("middle and rear", ("middle", "rear"))] if "middle" in told else []
     return [*found, ("rear", ("rear",))]

@@ -121,7 +121,8 @@ class Network:
     are parameters of other kinds of layers, which only full fine-tuning trains. ``norms`` are the batch normalisations
     with tensors of their own under any BN policy; a folded graph has those that no convolution could absorb.
     ``head_obstacle`` says why the head takes no adapter. ``order``: every layer that has parameters and the size of
-    what it gives (None where that is no feature map), as they are called; () where that is not known.
+    what it gives (None where that is no feature map), as they are called; () where that is not known. ``more_heads``
+    are last layers beside the head: of other outputs, or of an output that is a sum. They train as the head does.
     """
 
     convs: tuple[Layer, ...]
@@ -134,11 +135,32 @@ class Network:
     head_obstacle: str | None = None
     norms: tuple[Norm, ...] = ()
     order: tuple[tuple[str, Size | None], ...] = ()
+    more_heads: tuple[Layer, ...] = ()
 
     @property
     def body(self) -> tuple[Layer, ...]:
-        """Every convolution and fully connected layer but the head, in forward order."""
-        return tuple(layer for layer in (*self.convs, *self.linears) if layer.weight != self.head_weight[0])
+        """Every convolution and fully connected layer but the heads, in forward order."""
+        return (*self.hidden_convs, *self.hidden_linears)
+
+    @property
+    def hidden_convs(self) -> tuple[Layer, ...]:
+        """The convolutions that are no head."""
+        return tuple(layer for layer in self.convs if layer.weight not in self.head_weights)
+
+    @property
+    def hidden_linears(self) -> tuple[Layer, ...]:
+        """The fully connected layers that are no head."""
+        return tuple(layer for layer in self.linears if layer.weight not in self.head_weights)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of all heads, the first of them `head`."""
+        return (self.head, *(layer.name for layer in self.more_heads))
+
+    @property
+    def head_weights(self) -> tuple[str, ...]:
+        """Names of the weights of all heads."""
+        return (self.head_weight[0], *(layer.weight for layer in self.more_heads))
 
     @property
     def head(self) -> str:

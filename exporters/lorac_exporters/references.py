@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorac_exporters.running import joined
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
 from lorac_runtime.engines import open_engine
+from lorac_runtime.engines.engine import Labels
 from lorac_runtime.errors import ArtifactError
 from lorac_runtime.patch import batchnorm_tensors
 
@@ -47,7 +49,7 @@ def adapted_state(folder: Path, manifest: mf.Manifest, adapter: Path) -> Mapping
 def unfused_logits(
     folder: Path, manifest: mf.Manifest, state: Mapping[str, npt.NDArray[Any]], images: npt.NDArray[Any]
 ) -> npt.NDArray[np.float32]:
-    """What the artifact's evaluation graph answers with the adapter beside the weights: (n, classes).
+    """What the artifact's evaluation graph answers with the adapter beside the weights: as `run_onnx` does.
 
     ``state`` is `adapted_state`, ``images`` are in the form that the model takes: `random_inputs`.
 
@@ -55,8 +57,15 @@ def unfused_logits(
     """
     engine = open_engine(folder, manifest, threads=None)
     engine.load_state(state)
-    _, logits = engine.eval_step(images, np.zeros(len(images), np.int64))
+    _, logits = engine.eval_step(images, _any_targets(manifest, len(images)))
     return logits
+
+
+def _any_targets(manifest: mf.Manifest, count: int) -> Labels:
+    """Zeros of the kind that the loss compares with: what it comes to does not matter."""
+    if manifest.task is None:
+        return np.zeros(count, np.int64)
+    return {t.name: np.zeros((count, *t.shape), t.dtype) for t in manifest.task.targets}
 
 
 def random_inputs(spec: mf.InputSpec, count: int, *, seed: int) -> npt.NDArray[Any]:
@@ -91,9 +100,8 @@ def rounding_noise(path: Path, images: npt.NDArray[Any]) -> float:
 
 
 def run_onnx(path: Path, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The only output of an ONNX classifier, (N, classes)."""
+    """The output of an ONNX network, such as (N, classes); several side by side, (N, all of them)."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images})
-    return np.asarray(logits)
+    return joined(session.run(None, {session.get_inputs()[0].name: images}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -25,7 +27,7 @@ REFUSALS = (
 
 
 def run(model: ir.Model, images: Floats) -> Floats:
-    """The only output of a model with one input, computed by onnxruntime on one thread.
+    """The output of a model with one input, computed by onnxruntime on one thread; several as one, (N, all of them).
 
     Raises ConversionError if onnxruntime cannot run it.
     """
@@ -37,8 +39,14 @@ def run(model: ir.Model, images: Floats) -> Floats:
         outputs = session.run(None, {name_of(model.graph.inputs[0]): images})
     except REFUSALS as err:
         raise ConversionError(f"onnxruntime cannot run the model on {images.shape}: {err}") from err
-    result: Floats = outputs[0]
-    return result
+    return joined(outputs)
+
+
+def joined(outputs: Sequence[Floats]) -> Floats:
+    """An output as it is; several with a row per sample each, (N, ...), side by side: (N, all of them)."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return np.concatenate([np.asarray(output).reshape(len(output), -1) for output in outputs], axis=1)
 
 
 def run_node(node: ir.Node, *inputs: Floats) -> Floats:

@@ -19,6 +19,7 @@ from lorac_exporters.graph_tools import (
     array,
     constant,
     describe,
+    input_at,
     name_of,
     need,
     nodes_of,
@@ -88,6 +89,7 @@ def settle_shapes(model: ir.Model) -> list[str]:
     low, high = (trace(model, size) for size in _SIZES)
     changes = [text for node in nodes_of(model.graph, "Reshape") for text in _settle_reshape(node, low, high)]
     changes += [text for node in nodes_of(model.graph, "Expand") for text in _settle_expand(node, low, high)]
+    changes += [text for node in nodes_of(model.graph, "Resize") for text in _settle_resize(node, low, high)]
     changes += _settle_inputs(model.graph, low, high)
     remove_unused(model)
     _annotate(model.graph, low, high)
@@ -115,6 +117,16 @@ def _settle_expand(node: ir.Node, low: Trace, high: Trace) -> list[str]:
     if any(wide is None and own is not None for wide, own in zip(merged, aligned, strict=True)):
         return []
     return _connect(node, 1, np.array([1 if d is None else d for d in merged], np.int64), f"{names[1]}_shape")
+
+
+def _settle_resize(node: ir.Node, low: Trace, high: Trace) -> list[str]:
+    """Sizes computed from the batch's too are those of the other axes alone."""
+    sizes, name = input_at(node, 3), name_of(node.outputs[0])
+    merged = merged_shape(low.shapes.get(name), high.shapes.get(name))
+    if sizes is None or array(sizes) is not None or merged is None or None in merged[1:] or "axes" in node.attributes:
+        return []
+    node.attributes["axes"] = ir.AttrInt64s("axes", list(range(1, len(merged))))
+    return _connect(node, 3, np.array(merged[1:], np.int64), f"{name}_sizes")
 
 
 def _settle_inputs(graph: ir.Graph, low: Trace, high: Trace) -> list[str]:

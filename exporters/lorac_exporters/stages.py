@@ -39,7 +39,7 @@ def resolve(network: Network, blocks: Sequence[str]) -> tuple[str, ...]:
 
     Raises ValueError where the stages of the network cannot be told, or it has no stage for a word.
     """
-    told = blocks_of(network) if needs_sizes(blocks) else {"head": (network.head,)}
+    told = blocks_of(network) if needs_sizes(blocks) else {"head": network.heads}
     if "middle" in blocks and "middle" not in told:
         raise ValueError(
             f"blocks middle: this network has two stages, front ({outline(told['front'])}) and rear "
@@ -59,7 +59,7 @@ def blocks_of(network: Network) -> dict[str, tuple[str, ...]]:
     first = min(stages.front, len(stages.layers) - 2)
     parts = (stages.layers[: first + 1], stages.layers[first + 1 : -1], stages.layers[-1:])
     front, middle, rear = (tuple(name for stage in part for name in stage) for part in parts)
-    told = {"front": front, "middle": middle, "rear": (*rear, network.head), "head": (network.head,)}
+    told = {"front": front, "middle": middle, "rear": (*rear, *network.heads), "head": network.heads}
     return {word: names for word, names in told.items() if names}
 
 
@@ -76,7 +76,7 @@ def _stages(network: Network) -> _Stages:
     _require_sizes(convs)
     placed = _Places(_Levels(convs), convs)
     order = network.order or tuple((layer.name, layer.size_out) for layer in network.body)
-    numbers = {name: placed.of(name, size) for name, size in order if name != network.head}
+    numbers = {name: placed.of(name, size) for name, size in order if name not in network.heads}
     used = sorted(set(numbers.values()))
     layers = tuple(tuple(name for name, number in numbers.items() if number == level) for level in used)
     if len(used) < 2:
@@ -89,7 +89,7 @@ def _stages(network: Network) -> _Stages:
 
 def _ordered(network: Network) -> list[Layer]:
     """Convolutions of the body in forward order; those that are never called are left out."""
-    convs = {layer.name: layer for layer in reversed(network.convs) if layer.weight != network.head_weight[0]}
+    convs = {layer.name: layer for layer in reversed(network.hidden_convs)}
     if not convs:
         raise ValueError(
             "stages are told by the sizes that convolutions give, and this network has none before its head: "

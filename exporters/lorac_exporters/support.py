@@ -25,13 +25,13 @@ _QUANTIZED = frozenset(
 _OTHER_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
-def check_supported(model: ir.Model) -> None:
-    """Refuse what this project cannot adapt. Functions must be inlined before.
+def check_supported(model: ir.Model, *, classifier: bool = True) -> None:
+    """Refuse what this project cannot adapt. Functions must be inlined before. A ``classifier`` has one output.
 
     Raises ConversionError naming every obstacle with what to do about it.
     """
     problems = [
-        *_interface_problems(model),
+        *_interface_problems(model, classifier=classifier),
         *_node_problems(model.graph),
         *_type_problems(model.graph),
     ]
@@ -41,15 +41,18 @@ def check_supported(model: ir.Model) -> None:
         raise ConversionError(listed("this model cannot be adapted:", problems))
 
 
-def _interface_problems(model: ir.Model) -> Iterator[str]:
+def _interface_problems(model: ir.Model, *, classifier: bool) -> Iterator[str]:
     opset = model.opset_imports.get("")
     if opset != OPSET:
         yield f"opset {opset}, expected {OPSET}: read the file with lorac_exporters.onnx_file.read_graph"
     inputs, outputs = model.graph.inputs, model.graph.outputs
     if len(inputs) != 1:
         yield f"{len(inputs)} inputs ({_names(inputs)}), expected one batch of samples: make the others constants"
-    if len(outputs) != 1:
-        yield f"{len(outputs)} outputs ({_names(outputs)}), expected the logits only: drop the others"
+    if len(outputs) != 1 and classifier:
+        yield (
+            f"{len(outputs)} outputs ({_names(outputs)}), expected the logits only: drop the others, or give the "
+            "loss of all as a graph (--loss-graph)"
+        )
     if len(inputs) == 1:
         yield from _input_problems(inputs[0])
 

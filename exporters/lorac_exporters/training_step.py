@@ -9,6 +9,7 @@ of a training build is needed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,6 @@ import onnx_ir as ir
 
 from lorac_exporters.branches import Factors, FormOf, add_adapters
 from lorac_exporters.external import external_names, externalize
-from lorac_exporters.gradients.losses import LOSSES
 from lorac_exporters.gradients.normalization import Statistics, write_out_batchnorm
 from lorac_exporters.gradients.optimizers import append_updates, groups, pack, state_names
 from lorac_exporters.gradients.reverse import differentiate
@@ -31,6 +31,7 @@ from lorac_exporters.graphs import Graphs
 from lorac_exporters.partials import Chosen, add_partials, read_again
 from lorac_exporters.prefix import PREFIX, Features, find_features, keep_rest
 from lorac_exporters.rewrites import rewrite_for_training
+from lorac_exporters.step_losses import append_loss
 from lorac_runtime.errors import ConversionError, listed
 from lorac_runtime.manifest import BASE, Adapter, TrainingDefaults
 
@@ -71,7 +72,7 @@ def write(graphs: Graphs, folder: Path, *, start: Mapping[str, Floats], config: 
     built = {EVAL: eval_step(graphs, start, config)}
     if graphs.plan.trainables:
         built |= {TRAIN: train_step(graphs, start, config), OPTIMIZER: optimizer_step(graphs, config)}
-    if graphs.plan.trainables and not graphs.moving:
+    if graphs.plan.trainables and divisible(graphs):
         built[GRADIENT] = gradient_step(graphs, start, config)
     if (front := prefix_step(graphs, start, config)) is not None:
         built[PREFIX] = front
@@ -82,6 +83,11 @@ def write(graphs: Graphs, folder: Path, *, start: Mapping[str, Floats], config: 
             model.metadata_props["lorac.weights"] = weights
         save(model, folder / name)
     return (*built, *extra)
+
+
+def divisible(graphs: Graphs) -> bool:
+    """Whether a batch may be computed in pieces: not where its statistics count, or a loss that may do anything."""
+    return not graphs.moving and (graphs.purpose is None or graphs.purpose.loss is None)
 
 
 def prefix_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model | None:
@@ -129,10 +135,10 @@ def optimizer_step(graphs: Graphs, config: StepConfig) -> ir.Model:
 
 
 def eval_step(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig) -> ir.Model:
-    """Loss and logits in evaluation mode."""
+    """Loss and outputs in evaluation mode."""
     forward = _behind_the_front(graphs, start, config, training=False)
-    logits = forward.model.graph.outputs[0]
-    return _finished(forward, {"loss": forward.loss, name_of(logits): logits}, {})
+    outputs = {name_of(value): value for value in forward.model.graph.outputs}
+    return _finished(forward, {"loss": forward.loss, **outputs}, {})
 
 
 def _behind_the_front(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig, *, training: bool) -> Forward:
@@ -155,6 +161,7 @@ def _forward(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig, *,
     """The graph to differentiate: adapters added, changing tensors as inputs, the loss appended."""
     model = graphs.trained.model.clone()
     rewrite_for_training(model, keep=RULES)
+    plain = model.clone() if config.training.loss == "distillation" else None
     statistics = write_out_batchnorm(model) if training and graphs.moving else {}
     tape = Tape(model.graph)
     tensors = {t.name: tape.input(t.name, t.shape) for t in graphs.plan.trainables}
@@ -162,7 +169,10 @@ def _forward(graphs: Graphs, start: Mapping[str, Floats], config: StepConfig, *,
     factors = {a.weight: _factors(tape, a, tensors, start) for a in graphs.plan.adapters}
     add_adapters(tape, {a.weight: a for a in graphs.plan.adapters}, factors, config.form)
     chosen = add_partials(tape, graphs.plan.partials, tensors)
-    return Forward(model, tape, tensors | running, _loss(tape, config.training), statistics, chosen)
+    loss = append_loss(
+        tape, graphs.purpose, config.training, make_input=functools.partial(_own_input, tape), base=plain
+    )
+    return Forward(model, tape, tensors | running, loss, statistics, chosen)
 
 
 def _factors(tape: Tape, adapter: Adapter, tensors: Mapping[str, ir.Value], start: Mapping[str, Floats]) -> Factors:
@@ -175,16 +185,6 @@ def _factors(tape: Tape, adapter: Adapter, tensors: Mapping[str, ir.Value], star
     if adapter.lora_alpha is not None:
         scale = tape.op("Mul", tensor(adapter.lora_alpha), 1.0 / adapter.r, shape=(1,))
     return Factors(tensor(adapter.lora_a), tensor(adapter.lora_b), scale)
-
-
-def _loss(tape: Tape, training: TrainingDefaults) -> ir.Value:
-    """The loss of the graph's logits; labels have their shape without the axis of classes."""
-    logits = tape.graph.outputs[0]
-    labels = None
-    if training.loss != "entropy":
-        batch, _, *pixels = dims(logits)
-        labels = _own_input(tape, "labels", (batch, *pixels), ir.DataType.INT64)
-    return LOSSES[training.loss](tape, logits, labels, training.label_smoothing)
 
 
 def _groups(graphs: Graphs) -> list[list[str]]:

@@ -25,6 +25,7 @@ from lorac_exporters.training_step import TRAIN
 from lorac_runtime.data import LocalData, load_data
 from lorac_runtime.errors import ConversionError, DataError, DivergenceError, listed
 from lorac_runtime.manifest import Manifest, load, verify_files
+from lorac_runtime.tasks import require_classifier
 
 NEAR = 0.01  # accuracies that differ by less count as equal; the cheaper method is then chosen
 SAMPLES = 1000  # that trials use at most
@@ -135,6 +136,8 @@ def export_choice(artifact: Path, advice: Advice, out: Path) -> None:
 
 def _read(artifact: Path, data: Path) -> tuple[Manifest, Graphs, LocalData]:
     manifest = load(artifact)
+    why = "trials are compared by how many samples are classified rightly"
+    require_classifier(artifact, manifest.task, why, "`lorac-deploy plan` tells what fits into memory")
     verify_files(artifact, manifest)
     local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names)
     if local.labels is None:

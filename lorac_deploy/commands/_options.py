@@ -13,6 +13,7 @@ from lorac_exporters.methods import METHODS
 from lorac_exporters.plan import BIASES, SMALL_LAYERS, LoraConfig
 from lorac_runtime.delta import LAYOUTS, RANK_MODES
 from lorac_runtime.manifest import LOSSES, OPTIMIZERS, TrainingDefaults
+from lorac_runtime.tasks import CLASSIFICATION, LOSSES_OF
 
 OF_MODEL = "model"  # what the weights of --model were trained with
 _NAMES = {"bn_policy": "bn"}  # field -> option, where it is not the field's name
@@ -86,9 +87,11 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
         )
 
 
-def training_config(method: str, args: argparse.Namespace) -> TrainConfig:
-    """The method's defaults, and what was given instead. Raises ValueError for a value out of range."""
+def training_config(method: str, args: argparse.Namespace, task: str = CLASSIFICATION) -> TrainConfig:
+    """The defaults of method and task, and what was given instead. Raises ValueError for a value out of range."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)}
+    if task != CLASSIFICATION and METHODS[method].loss is None:
+        given["loss"] = given["loss"] or LOSSES_OF[task][0]
     return dataclasses.replace(DEFAULTS[method], **_stated(given))
 
 
@@ -196,12 +199,14 @@ def add_device_options(p: argparse.ArgumentParser) -> None:
     _add_step_options(p)
 
 
-def device_defaults(method: str, args: argparse.Namespace) -> TrainingDefaults:
-    """The settings of the device's training; ``--loss`` and ``--lr`` unless given are the method's.
+def device_defaults(method: str, args: argparse.Namespace, task: str = CLASSIFICATION) -> TrainingDefaults:
+    """The settings of the device's training; ``--lr`` unless given is the method's, ``--loss`` its or the task's.
 
     Their ranges are checked where the artifact is made. Raises ValueError for a loss that the method cannot use.
     """
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainingDefaults)}
+    if task != CLASSIFICATION and METHODS[method].loss is None:
+        given["loss"] = given["loss"] or LOSSES_OF[task][0]
     return METHODS[method].training(**_stated(given))
 
 
@@ -219,7 +224,21 @@ def _add_step_options(p: argparse.ArgumentParser) -> None:
     t = TrainingDefaults()
     g = p.add_argument_group("a training step (fixed in the artifact's graphs)")
     own = "".join(f", {method.loss} for {name}" for name, method in METHODS.items() if method.loss)
-    g.add_argument("--loss", choices=LOSSES, help=f"default: {t.loss}{own}")
+    g.add_argument("--loss", choices=LOSSES, help=f"default: {t.loss}{own}; l1 with --task regression")
+    g.add_argument("--focal-gamma", type=float, default=t.focal_gamma, help="exponent of focal (default: %(default)s)")
+    g.add_argument(
+        "--distillation-weight",
+        type=float,
+        default=t.distillation_weight,
+        help="share of distillation that is for the base's own answers, above 0 and below 1; the rest is for labels "
+        "(default: %(default)s)",
+    )
+    g.add_argument(
+        "--temperature",
+        type=float,
+        default=t.temperature,
+        help="that softens answers, of distillation (default: %(default)s)",
+    )
     g.add_argument(
         "--label-smoothing", type=float, default=t.label_smoothing, help="of cross_entropy (default: %(default)s)"
     )

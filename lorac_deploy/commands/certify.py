@@ -96,9 +96,11 @@ def _certified(args: argparse.Namespace) -> tuple[Certified, str]:
     """The certificate, and why there are no accuracies in it, if so."""
     from lorac_deploy.certificate import certify
     from lorac_runtime import manifest as mf
+    from lorac_runtime.tasks import require_classifier
 
     console = Console(stderr=True)
     manifest = mf.load(args.artifact)
+    require_classifier(args.artifact, manifest.task, "a certificate compares classes", "use `lorac-deploy verify`")
     with console.status("reading the images"):
         dataset, note = _images(args, manifest)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
+from lorac_deploy.commands._artifact_table import show
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
     Paragraphs,
@@ -24,12 +24,12 @@ from lorac_deploy.commands._options import (
     refuse_idle_step_options,
     sizes,
 )
-from lorac_deploy.commands._tflite import tflite_rows
 from lorac_exporters.artifact_config import ArtifactConfig
 from lorac_exporters.choices import ENGINE_CHOICES, FORM_CHOICES, TFLITE_CHOICES
 from lorac_exporters.methods import METHODS
-from lorac_runtime.expected import fixed_tensors
+from lorac_exporters.task_config import TaskConfig
 from lorac_runtime.manifest import BN_POLICIES
+from lorac_runtime.tasks import CLASSIFICATION, CUSTOM, REGRESSION, SEGMENTATION
 from lorac_runtime.version import __version__
 
 if TYPE_CHECKING:  # it imports all that exports
@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"lorac-deploy {__version__}", help="show the version")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", type=Path, help="folder written by `lorac-deploy train --method full`")
-    source.add_argument("--onnx", type=Path, help="any ONNX classifier of images or signals")
+    source.add_argument(
+        "--onnx", type=Path, help="any ONNX classifier of images or signals, or with --task or --loss-graph any network"
+    )
     p.add_argument("--out", type=Path, required=True, help="the artifact's folder; an earlier artifact is replaced")
     p.add_argument("--adapter", type=Path, help="start the device from this adapter, trained in PyTorch")
     p.add_argument(
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--list-changes", action="store_true", help="list everything that base.onnx does otherwise")
     _add_onnx_options(p)
+    _add_task_options(p)
     _add_method_options(p)
     _add_engine_options(p)
     _add_tflite_options(p)
@@ -90,6 +93,28 @@ def _add_onnx_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--std", type=numbers, help="per channel, after scaling, e.g. 0.229,0.224,0.225")
     g.add_argument("--scale", type=float, help="factor before mean and std (default: 1/255 of images, else 1)")
     g.add_argument("--size", type=sizes, help="HEIGHT,WIDTH where the file leaves them open")
+
+
+def _add_task_options(p: argparse.ArgumentParser) -> None:
+    g = p.add_argument_group("what the network is for")
+    g.add_argument(
+        "--task",
+        choices=(CLASSIFICATION, SEGMENTATION, REGRESSION),
+        help="what an ONNX file answers: a class, a class per pixel, or numbers (default: classification; a checkpoint "
+        "says it itself)",
+    )
+    g.add_argument(
+        "--loss-graph",
+        type=Path,
+        metavar="LOSS.onnx",
+        help="for any other network, such as a detector: an ONNX graph with inputs named like the network's outputs, "
+        "inputs for what the data hold (the targets), and one output, loss, a scalar",
+    )
+    g.add_argument(
+        "--ignore-index",
+        type=int,
+        help="label of pixels that do not count, of segmentation (default: 255 where that is no class)",
+    )
 
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
@@ -158,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     with console.status("reading the model") as status:
         report = _export(args, config, lambda text: status.update(text))
-    _show(report, list_changes=args.list_changes)
+    show(report, list_changes=args.list_changes)
     return 0
 
 
@@ -167,6 +192,14 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
     given = [n for n in ("num_classes", "class_names", "mean", "std", "scale", "size") if getattr(args, n) is not None]
     if args.checkpoint is not None and given:
         p.error(f"--{given[0].replace('_', '-')} describes an ONNX file; a checkpoint says it itself")
+    if args.checkpoint is not None and args.task is not None:
+        p.error("--task says what an ONNX file is for; a checkpoint says it itself")
+    if args.loss_graph is not None:
+        told = [n for n in ("task", "num_classes", "class_names", "loss", "anchors") if getattr(args, n) is not None]
+        if told:
+            p.error(f"--{told[0].replace('_', '-')} does not go with --loss-graph, which alone says what is learned")
+    if args.anchors is not None and args.task not in (None, CLASSIFICATION):
+        p.error(f"--anchors are samples with a class, and the task is {args.task}: leave them out")
     if (args.tflite == "int8") != (args.calibration is not None):
         p.error("--tflite int8 needs --calibration, and nothing else does")
     refuse_idle_lora_options(p, args)
@@ -174,7 +207,7 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _config(args: argparse.Namespace) -> ArtifactConfig:
-    lora = lora_config(args, args.seed)
+    lora, kind = lora_config(args, args.seed), _kind(args)
     return ArtifactConfig(
         lora=lora,
         method=args.method,
@@ -182,8 +215,20 @@ def _config(args: argparse.Namespace) -> ArtifactConfig:
         engine=args.engine,
         form=args.form,
         tflite=args.tflite,
-        training=device_defaults(args.method, args),
+        training=device_defaults(args.method, args, kind),
+        task=TaskConfig(kind, args.loss_graph, args.ignore_index),
     )
+
+
+def _kind(args: argparse.Namespace) -> str:
+    """The task: as asked for, or as the checkpoint says."""
+    if args.loss_graph is not None:
+        return CUSTOM
+    if args.checkpoint is not None:
+        from lorac_deploy.checkpoint import task_of
+
+        return task_of(args.checkpoint)
+    return args.task or CLASSIFICATION
 
 
 def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Callable[[str], None]) -> ExportReport:
@@ -210,38 +255,3 @@ def _export(args: argparse.Namespace, config: ArtifactConfig, on_progress: Calla
         anchors=args.anchors,
         on_progress=on_progress,
     )
-
-
-def _show(report: ExportReport, *, list_changes: bool) -> None:
-    manifest = report.manifest
-    share = manifest.trained_parameters / manifest.model_parameters
-    size = sum(f.nbytes for f in manifest.files.values()) / 1e6
-    changes = "" if list_changes or not report.changes else " (--list-changes shows them)"
-    table = Table(show_header=False, title=f"training artifact {report.folder}")
-    table.add_row("model", f"{manifest.model}, {manifest.model_parameters:,} parameters")
-    table.add_row("trains", f"{manifest.trained_parameters:,} parameters ({share:.2%})")
-    fixed = " (lora_a frozen)" if fixed_tensors(manifest.adapters, manifest.trainables) else ""
-    parts = f", some channels of {len(manifest.partials)} layers" if manifest.partials else ""
-    trained = f"{len(manifest.adapters)} adapters{fixed}{parts}"
-    table.add_row("method", f"{manifest.method}, {trained}, BN {manifest.bn_policy}")
-    if manifest.additions is not None:
-        table.add_row("added", str(manifest.additions))
-    table.add_row("input", f"{manifest.input.name} {manifest.input.shape}, {manifest.output.classes} classes")
-    table.add_row("files", f"{size:.1f} MB in all, base.onnx {manifest.files['base.onnx'].nbytes / 1e6:.1f} MB")
-    table.add_row("base.tflite", _tflite_text(report))
-    for name, text in () if report.tflite is None else tflite_rows(report.tflite):
-        table.add_row("", f"{name}: {text}")
-    table.add_row("base.onnx", f"{len(report.changes)} differences from the model given{changes}")
-    table.add_row("time", f"{report.seconds:.1f} s")
-    console = Console()
-    console.print(table)
-    if report.tflite is None:
-        console.print(f"no base.tflite: {report.no_tflite}", soft_wrap=True, markup=False)
-    for change in report.changes if list_changes else ():
-        console.print(f"changed: {change}", soft_wrap=True, markup=False)
-    for layer, reason in report.frozen:
-        console.print(f"frozen: {layer}: {reason}", soft_wrap=True, markup=False)
-
-
-def _tflite_text(report: ExportReport) -> str:
-    return "none, see below" if report.tflite is None else f"{report.tflite.nbytes / 1e6:.1f} MB"

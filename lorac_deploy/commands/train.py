@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
 
 from lorac_deploy.commands._common import guarded, usage_errors
 from lorac_deploy.commands._options import (
@@ -28,17 +25,20 @@ from lorac_deploy.commands._options import (
     refuse_idle_step_options,
     training_config,
 )
+from lorac_deploy.commands._training_display import Display, show
 from lorac_deploy.train_config import TrainConfig
 from lorac_exporters.plan import LoraConfig
+from lorac_runtime.tasks import CLASSIFICATION, REGRESSION, SEGMENTATION
 
 if TYPE_CHECKING:  # they import PyTorch
     from lorac_deploy.data import Dataset, Split
     from lorac_deploy.start import Start
-    from lorac_deploy.training_report import Progress, TrainReport
+    from lorac_deploy.training_report import TrainReport
 
     Prepared = tuple[Start, Dataset, Dataset | None]
 
 MODEL = {3: "resnet18", 2: "cnn1d", 1: "mlp"}  # by the axes of a sample: images, then signals
+DENSE_MODEL = "unet_small"
 FROM_SCRATCH = "full"  # the method that needs no trained network
 
 
@@ -71,9 +71,15 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         help="digits, cifar10, cifar100, an .npz file (images, or samples of signals, and labels), or a folder with "
-        "one sub-folder per class",
+        "one sub-folder per class (of other tasks see --task)",
     )
     g.add_argument("--data-root", type=Path, help="folder of torchvision's CIFAR files")
+    g.add_argument(
+        "--task",
+        choices=(CLASSIFICATION, SEGMENTATION, REGRESSION),
+        help="what is learned: a class, a class for each pixel (labels (n, height, width) in the .npz file, or folders "
+        "images and masks), or numbers (targets (n, numbers) in it); default: classification, or what --base says",
+    )
     g.add_argument("--download", action="store_true", help="download CIFAR into --data-root if it is not there")
     g.add_argument(
         "--size",
@@ -120,12 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--download: all processes would download at once; download with a single one first")
     console = Console(stderr=True, highlight=False, quiet=not is_main())
     with usage_errors(p):  # settings that fit neither each other nor the data
-        config = training_config(args.method, args)
+        args.task = _task(p, args)
+        config = training_config(args.method, args, args.task)
         lora = lora_config(args, config.seed)
         with console.status("reading data and network"):
             prepared = _prepared(args, config.seed)
         report, saved = _run(args, console, prepared, config=config, lora=lora)
-    _show(report, saved, console)
+    show(report, saved, console)
     leave()
     return 0
 
@@ -139,6 +146,10 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
         p.error("--new-head goes with --base; other networks get a head for the data's classes anyway")
     elif args.method != FROM_SCRATCH and args.weights is None:
         p.error(f"--method {args.method} fine-tunes a trained network: give --base or --weights")
+    if args.task not in (None, CLASSIFICATION):
+        _refuse(p, args, ("data_root", "download", "size", "new_head"), f"does not go with --task {args.task}")
+        if args.task == REGRESSION:
+            _refuse(p, args, ("class_names",), "names classes, and regression has none")
     if not args.data.startswith("cifar"):
         _refuse(p, args, ("data_root", "download"), "goes with cifar10 and cifar100")
     refuse_idle_lora_options(p, args)
@@ -169,6 +180,18 @@ def _prepared(args: argparse.Namespace, seed: int) -> Prepared:
     return start, with_classes(dataset, known), None if test is None else with_classes(test, known)
 
 
+def _task(p: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """As asked for, or as the checkpoint says."""
+    if args.base is None:
+        return args.task or CLASSIFICATION
+    from lorac_deploy.checkpoint import task_of
+
+    known = task_of(args.base)
+    if args.task not in (None, known):
+        p.error(f"--task {args.task}, but the checkpoint of --base is for {known}")
+    return known
+
+
 def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Dataset:
     from lorac_deploy import timm_nets
     from lorac_deploy.data import load_dataset, named
@@ -178,7 +201,13 @@ def _load(args: argparse.Namespace, start: Start | None, split: Split) -> Datase
     if start is not None and start.input.is_image:
         channels, size = start.input.shape[0], start.input.shape[1:]
     dataset = load_dataset(
-        args.data, split=split, size=size, channels=channels, root=args.data_root, download=args.download
+        args.data,
+        split=split,
+        size=size,
+        channels=channels,
+        root=args.data_root,
+        download=args.download,
+        task=args.task,
     )
     return dataset if args.class_names is None else named(dataset, args.class_names)
 
@@ -189,8 +218,9 @@ def _new_network(args: argparse.Namespace, dataset: Dataset, seed: int) -> Start
     from lorac_deploy.models import ModelSpec, require_axes
     from lorac_deploy.start import from_model
 
-    model = args.model or MODEL[len(dataset.shape)]
-    spec = ModelSpec(model, len(dataset.class_names), args.cifar_stem, dataset.shape[0])
+    model = args.model or (DENSE_MODEL if args.task == SEGMENTATION else MODEL[len(dataset.shape)])
+    outputs = dataset.labels.shape[1] if args.task == REGRESSION else len(dataset.class_names)
+    spec = ModelSpec(model, outputs, args.cifar_stem, dataset.shape[0], args.task)
     require_axes(model, dataset.shape)
     known = args.data if args.data.startswith("cifar") else "imagenet" if args.weights else "data"
     if args.weights and timm_nets.is_timm(model):
@@ -230,7 +260,7 @@ def _run(
         require_fresh_head_trains(start.module, start.fresh, start.input, method=args.method, config=config, lora=lora)
         console.print(f"these tensors start fresh: {', '.join(start.fresh)}")
     state = output_folder(args.out) / STATE
-    with _hint(console, state), _Display(console) as display:
+    with _hint(console, state), Display(console, args.task) as display:
         report = train(
             start.module,
             dataset,
@@ -259,41 +289,3 @@ def _hint(console: Console, state: Path) -> Iterator[None]:
         if state.exists():
             console.print("the same command (without --restart) goes on after the last whole epoch")
         raise
-
-
-class _Display:
-    """A progress bar over all epochs, and a line for each."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, p: Progress) -> None:
-        """Show a step; after validation, a line that stays."""
-        text = f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}"
-        done = (p.epoch - 1) * p.steps + p.step
-        self._bar.update(self._task, description=text, completed=done, total=p.epochs * p.steps)
-        if p.val_accuracy is not None:
-            self._bar.console.print(f"{text}  validation {p.val_accuracy:.1%}")
-
-
-def _show(report: TrainReport, saved: Path, console: Console) -> None:
-    table = Table(show_header=False, title=str(saved))
-    share = report.trained_parameters / report.model_parameters
-    table.add_row("trained", f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})")
-    table.add_row("samples", f"{report.train_images} for training, {report.val_images} for validation")
-    before, after = report.accuracy_before, report.val_accuracy
-    if before is not None and after is not None:
-        table.add_row("validation", f"{before:.1%} before, {after:.1%} after (epoch {report.kept_epoch})")
-    if report.test_accuracy is not None:
-        table.add_row("test", f"{report.test_accuracy:.1%} of images that played no part in training")
-    table.add_row("time", f"{report.seconds:.1f} s")
-    console.print(table)

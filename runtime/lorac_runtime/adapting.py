@@ -27,6 +27,7 @@ from lorac_runtime.outputs import FUSED, check_place
 from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import FinetuneReport, read_report
 from lorac_runtime.session import ignore, run
+from lorac_runtime.tasks import require_classifier
 from lorac_runtime.training import OnProgress, Samples
 from lorac_runtime.trust import require_signed
 
@@ -105,6 +106,10 @@ def _opened(artifact: Path, data: Path, state: Path, config: FinetuneConfig, gat
     if config.trust is not None:
         require_signed(artifact, config.trust)
     manifest = load(artifact)
+    why = "whether a model became better is told by samples that it classifies rightly"
+    require_classifier(
+        artifact, manifest.task, why, "leave --keep-if-better out, and compare the figures of report.json"
+    )
     formats = tuple(dict.fromkeys(("onnx", *config.to)))  # the gate asks fused.onnx
     record = states.recover(state, states.open_state(state, manifest, formats))
     if record.accepted < 0:

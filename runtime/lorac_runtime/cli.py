@@ -46,7 +46,8 @@ def parser(*, artifact: bool = True) -> argparse.ArgumentParser:
         type=Path,
         required=True,
         help=".npz file with images (uint8) and labels, or a folder with one sub-folder of images per class; labels "
-        "may be missing where the artifact's method needs none (tent, recalibrate)",
+        "may be missing where the artifact's method needs none (tent, recalibrate); of another task than "
+        "classification an .npz file with the targets of its loss too, of segmentation also a folder of both",
     )
     made.add_argument("--out", type=Path, required=True, help="output folder; created where it is missing")
     made.add_argument("--adapter", type=Path, help="start from this adapter file (default: the artifact's own)")

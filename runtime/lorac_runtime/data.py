@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lorac_runtime.errors import DataError
-from lorac_runtime.image_folder import read_folder
+from lorac_runtime.image_folder import read_all, read_folder
 from lorac_runtime.manifest import InputSpec
-from lorac_runtime.npz import NEED_LABELS, read_arrays
+from lorac_runtime.npz import NEED_LABELS, read_arrays, read_named
 from lorac_runtime.sample_ids import checked_ids
 from lorac_runtime.signals import as_signals, described
 
@@ -33,15 +33,22 @@ class LocalData:
     """``images`` uint8 (N, H, W, C), however they were stored, and ``labels`` int64 (N,), None where there are none.
 
     Signals stand in ``images`` too: float32 (N, features) or (N, channels, length). ``ids`` are integers or strings
-    (N,), each once, by which a cache knows samples again; None: their positions.
+    (N,), each once, by which a cache knows samples again; None: their positions. ``targets`` (N, ...) are what the loss
+    of another task than classification compares answers with, by name (`lorac_runtime.task_data`).
     """
 
     images: npt.NDArray[Any]
     labels: npt.NDArray[np.int64] | None
     ids: Array | None = None
+    targets: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def nbytes(self) -> int:
+        """What samples and targets take in memory."""
+        return int(self.images.nbytes + sum(values.nbytes for values in self.targets.values()))
 
     def known_labels(self) -> npt.NDArray[np.int64]:
         """``labels``; raises DataError where there are none."""
@@ -67,16 +74,30 @@ def load_data(
     Raises DataError saying what was found and what was expected.
     """
     images: Array
-    if _is_folder(path):
+    if is_folder(path):
         (images, labels), ids = read_folder(path, spec, class_names), None
     else:
         needed = (spec.key, "labels")[: 2 if require_classes else 1]
-        images, labels, ids = read_arrays(path, spec.key, needed=needed, shapes=_sample_shapes(spec))
-        images = as_signals(path, images, spec.shape) if not spec.is_image else _as_nhwc(path, images, spec)
+        images, labels, ids = read_arrays(path, spec.key, needed=needed, shapes=sample_shapes(spec))
+        images = raw_samples(path, images, spec)
         labels = None if labels is None else _as_labels(path, labels, classes)
     data = LocalData(np.ascontiguousarray(images), labels)
     _check_labels(path, data, spec, class_names, require_classes)
     return data if ids is None else dataclasses.replace(data, ids=checked_ids(path, ids, len(data)))
+
+
+def load_samples(path: Path, spec: InputSpec) -> Array:
+    """The images (or signals) of a file or a folder as `LocalData` has them, whatever labels there are.
+
+    Of a folder those in it, in its sub-folders, or in its sub-folder ``images``. Raises DataError.
+    """
+    if is_folder(path):
+        return read_all(path, spec)
+    found = read_named(path, {spec.key: sample_shapes(spec)}, needed=(spec.key,))
+    samples = np.ascontiguousarray(raw_samples(path, found[spec.key], spec))
+    if not len(samples):
+        raise DataError(f"{path} holds no {spec.key}")
+    return samples
 
 
 def _check_labels(path: Path, data: LocalData, spec: InputSpec, class_names: Sequence[str], required: int) -> None:
@@ -138,7 +159,7 @@ def preprocess(images: Array, spec: InputSpec) -> npt.NDArray[np.float32] | npt.
 
 
 def fingerprint(data: LocalData) -> str:
-    """Hex sha256 of images (or signals) and labels, their shape included: tells whether a run resumes on the same data.
+    """Hex sha256 of images (or signals), labels and targets, with their shapes: does a run resume on the same data?
 
     >>> one = LocalData(np.zeros((2, 1, 1, 1), np.uint8), np.array([0, 1]))
     >>> fingerprint(one) == fingerprint(LocalData(one.images, one.labels[::-1]))
@@ -148,6 +169,9 @@ def fingerprint(data: LocalData) -> str:
     digest.update(np.ascontiguousarray(data.images).data)
     if data.labels is not None:
         digest.update(np.ascontiguousarray(data.labels, "<i8").data)
+    for name, values in sorted(data.targets.items()):
+        digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
 
 
@@ -214,7 +238,8 @@ def _sorted(groups: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     return np.sort(np.concatenate([np.empty(0, np.int64), *groups]))
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Whether it is one, and no file. Raises DataError if it cannot be read."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except OSError as err:
@@ -223,10 +248,15 @@ def _is_folder(path: Path) -> bool:
         ) from err
 
 
-def _sample_shapes(spec: InputSpec) -> list[tuple[int, ...]]:
+def sample_shapes(spec: InputSpec) -> list[tuple[int, ...]]:
     """The shapes that a sample in a file may have."""
     one_channel = [spec.shape[1:]] if spec.is_image and spec.channels == 1 else []
     return [spec.raw_shape, spec.shape, *one_channel]
+
+
+def raw_samples(path: Path, samples: Array, spec: InputSpec) -> Array:
+    """Images uint8 (N, H, W, C), or signals float32, from what the file at ``path`` holds. Raises DataError."""
+    return _as_nhwc(path, samples, spec) if spec.is_image else as_signals(path, samples, spec.shape)
 
 
 def _as_nhwc(path: Path, images: Array, spec: InputSpec) -> npt.NDArray[np.uint8]:

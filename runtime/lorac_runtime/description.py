@@ -11,11 +11,13 @@ from typing import Literal, cast
 from lorac_runtime.additions import Additions
 from lorac_runtime.delta import Layout
 from lorac_runtime.places import FileEntry, Patch, TfliteEntry
+from lorac_runtime.tasks import CLASSIFICATION, Task
+from lorac_runtime.training_defaults import LOSSES as LOSSES
+from lorac_runtime.training_defaults import OPTIMIZERS as OPTIMIZERS
+from lorac_runtime.training_defaults import TrainingDefaults as TrainingDefaults
 
 BnPolicy = Literal["frozen", "batch", "recalibrate"]
 BN_POLICIES: tuple[BnPolicy, ...] = ("frozen", "batch", "recalibrate")
-OPTIMIZERS = ("adamw", "sgd")
-LOSSES = ("cross_entropy", "mse", "binary_cross_entropy", "entropy")
 ROLES = ("lora_a", "lora_b", "alpha", "weight", "bias", "bn_weight", "bn_bias", "partial")
 INPUT_DTYPES = ("uint8", "float32")  # images, signals
 BASE, BASE_TFLITE = "base.onnx", "base.tflite"
@@ -71,7 +73,10 @@ class InputSpec:
 
 @dataclasses.dataclass(frozen=True)
 class OutputSpec:
-    """The logits: (batch, classes) float32."""
+    """The first output, float32: logits (batch, classes), or scores (batch, classes, height, width) of segmentation.
+
+    ``classes`` is 0 where it is no score of classes (see `lorac_runtime.tasks`).
+    """
 
     name: str
     classes: int
@@ -165,34 +170,6 @@ class BatchNorm:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingDefaults:
-    """Defaults of the device's fine-tuning, chosen so that no tuning is needed (docs/decisions).
-
-    ``lr`` is the peak of a linear warm-up over ``warmup`` (fraction of all steps) followed by a cosine decay
-    to zero; gradients are clipped to the norm ``clip_norm`` inside the optimizer graph (0: no limit).
-
-    ``optimizer`` is one of `OPTIMIZERS`, ``loss`` one of `LOSSES`. Of the other fields, named and meant as in
-    torch.optim, ``momentum``, ``dampening`` and ``nesterov`` are sgd's, ``betas``, ``eps`` and ``amsgrad`` adamw's.
-    """
-
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    batch_size: int = 32
-    epochs: int = 10
-    warmup: float = 0.3
-    loss: str = "cross_entropy"
-    label_smoothing: float = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    amsgrad: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class EngineEntry:
     """The files that one engine reads, and the version of the producer that wrote them."""
 
@@ -220,7 +197,8 @@ class Manifest:
 
     ``memory`` is computed for some numbers of images, in ascending order; () where nothing trains, and in artifacts of
     older exports. ``tflite`` describes base.tflite, where the artifact has one. ``features`` are what prefix_step.onnx
-    computes and step graphs take instead of images; () where nothing frozen lies in front of what trains.
+    computes and step graphs take instead of images; () where nothing frozen lies in front of what trains. ``task`` says
+    what the network does; None is classification.
     """
 
     schema_version: int
@@ -246,6 +224,7 @@ class Manifest:
     additions: Additions | None = None
     features: tuple[Feature, ...] = ()
     memory: tuple[MemoryNeed, ...] = ()
+    task: Task | None = None
 
     @property
     def trained_parameters(self) -> int:
@@ -261,6 +240,11 @@ class Manifest:
     def needs_labels(self) -> bool:
         """Whether the loss compares outputs with labels; the entropy of the outputs does without."""
         return self.training.loss != "entropy"
+
+    @property
+    def kind(self) -> str:
+        """The task, one of `lorac_runtime.tasks.TASKS`."""
+        return CLASSIFICATION if self.task is None else self.task.kind
 
     @property
     def moving_statistics(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,10 @@ _DAMAGED = (
     zlib.error,
 )
 _SHOWN = 20  # problems listed in one message
+_NUMBERS = ("1", "L", "P")  # modes whose pixels are numbers of 8 bits
+IMAGES, MASKS = "images", "masks"
+
+Decode = Callable[[Path], npt.NDArray[np.uint8]]
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +52,22 @@ def read_folder(
     if not spec.is_image or any(entry.is_dir() for entry in _visible(folder)):
         return read_class_folders(folder, spec, class_names)
     return _stacked(folder, _visible(folder), spec), None
+
+
+def read_all(folder: Path, spec: InputSpec) -> npt.NDArray[np.uint8]:
+    """All images of a folder, or of its sub-folders, (N, H, W, C); masks beside images are none.
+
+    Raises DataError listing the files that cannot be used, and for a model that takes no images.
+    """
+    if not spec.is_image:
+        raise DataError(f"{folder} is a folder, and the model takes signals: give an .npz file with {spec.key}")
+    folders = [entry for entry in _visible(folder) if entry.is_dir()]
+    if {IMAGES, MASKS} == {entry.name for entry in folders}:
+        folders = [folder / IMAGES]
+    files = [path for part in folders for path in _visible(part)] if folders else _visible(folder)
+    if not files:
+        raise DataError(f"{folder} holds no {spec.key}")
+    return _stacked(folder, files, spec)
 
 
 def read_class_folders(
@@ -68,14 +90,73 @@ def read_class_folders(
     return stacked, np.array([label for _, label in files], np.int64)
 
 
+def read_masks(
+    folder: Path, spec: InputSpec, shape: tuple[int, ...], *, need_masks: bool
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]:
+    """Images uint8 (N, H, W, C) of ``folder``/images and masks (N, *shape) of ``folder``/masks, sorted by name.
+
+    A mask is an image of one channel, or with a palette, whose pixels are numbers of classes; it has the name of its
+    image but for the ending. Without a folder of masks they are None, unless they are needed.
+
+    Raises DataError listing the files that cannot be used, and those without a partner.
+    """
+    images, masks = (_by_stem(folder / name) for name in (IMAGES, MASKS))
+    if not images:
+        raise DataError(
+            f"{folder} has no folder {IMAGES} with image files: put masks of equal names into {MASKS} beside it"
+        )
+    pixels = _stacked(folder, list(images.values()), spec)
+    if not masks and not need_masks:
+        return pixels, None
+    alone = [f"{IMAGES}/{images[stem].name} has no mask" for stem in images if stem not in masks]
+    alone += [f"{MASKS}/{masks[stem].name} has no image" for stem in masks if stem not in images]
+    _refuse(alone, f"images and masks of {folder} do not go together:")
+    problems: list[str] = []
+    found = [_opened(masks[stem], folder, lambda path: _mask(path, shape), problems) for stem in images]
+    _refuse(problems, f"masks of {folder} cannot be used:")
+    return pixels, np.stack([mask for mask in found if mask is not None])
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Files by their names without the ending. Raises DataError where two have the same."""
+    files = _visible(folder) if folder.is_dir() else []
+    found = {path.stem: path for path in files}
+    if len(found) < len(files):
+        raise DataError(f"{folder} has files that differ by their ending only: {_twins(files)}")
+    return found
+
+
+def _twins(files: Sequence[Path]) -> str:
+    stems = [path.stem for path in files]
+    return ", ".join(path.name for path in files if stems.count(path.stem) > 1)
+
+
+def _mask(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Numbers of classes (height, width); a palette's colours are not looked at."""
+    with _image(path) as image:
+        if image.mode not in _NUMBERS:
+            raise DataError(
+                f"has mode {image.mode}, expected a grey image or one with a palette: class numbers 0 to 255"
+            )
+        numbers = np.asarray(image, np.uint8)
+    if numbers.shape != shape:
+        size, wanted = " x ".join(map(str, numbers.shape[::-1])), " x ".join(map(str, shape[::-1]))
+        raise DataError(f"is {size} pixels, expected {wanted} (width x height); resize it without interpolation")
+    return numbers
+
+
 def _stacked(folder: Path, paths: Sequence[Path], spec: InputSpec) -> npt.NDArray[np.uint8]:
     """The images, (N, H, W, C), each read or named in one DataError for all."""
     problems: list[str] = []
-    images = [_read(path, folder, spec, problems) for path in paths]
+    images = [_opened(path, folder, lambda path: _decode(path, spec), problems) for path in paths]
+    _refuse(problems, f"images of {folder} cannot be used:")
+    return np.concatenate([np.empty((0, *spec.raw_shape), np.uint8), *(i[np.newaxis] for i in images if i is not None)])
+
+
+def _refuse(problems: list[str], headline: str) -> None:
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise DataError(listed(f"images of {folder} cannot be used:", problems[:_SHOWN] + more))
-    return np.concatenate([np.empty((0, *spec.raw_shape), np.uint8), *(i[np.newaxis] for i in images)])
+        raise DataError(listed(headline, problems[:_SHOWN] + more))
 
 
 def _files_by_class(folder: Path, class_names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -99,8 +180,8 @@ def _visible(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read: {err}") from err
 
 
-def _read(path: Path, root: Path, spec: InputSpec, problems: list[str]) -> npt.NDArray[np.uint8]:
-    """One image (H, W, C); what is wrong with it goes to ``problems``."""
+def _opened(path: Path, root: Path, decode: Decode, problems: list[str]) -> npt.NDArray[np.uint8] | None:
+    """One image, as ``decode`` gives it; what is wrong with it goes to ``problems``."""
     name = path.relative_to(root)
     # realpath, because Path.resolve raises on a loop of links
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
@@ -111,30 +192,39 @@ def _read(path: Path, root: Path, spec: InputSpec, problems: list[str]) -> npt.N
         problems.append(f"{name} is a device, a pipe or a socket, expected an image file")
     else:
         try:
-            return _decode(path, spec)
+            return decode(path)
         except DataError as err:
             problems.append(f"{name} {err}")
-    return np.zeros(spec.raw_shape, np.uint8)
+    return None
 
 
 def _decode(path: Path, spec: InputSpec) -> npt.NDArray[np.uint8]:
+    channels, height, width = spec.shape
+    if channels not in _MODES:
+        raise DataError(f"cannot be turned into {channels} channels; give the data as an .npz file")
+    with _image(path) as image:
+        if image.size != (width, height):
+            raise DataError(
+                f"is {image.width} x {image.height} pixels, expected {width} x {height} (width x height); "
+                f"resize it, for example with Pillow's image.resize(({width}, {height}))"
+            )
+        if image.mode not in _EIGHT_BIT:
+            raise DataError(f"has mode {image.mode}, not 8 bits per channel; convert it")
+        pixels = np.asarray(image.convert(_MODES[channels]), np.uint8)
+    return pixels.reshape(height, width, channels)
+
+
+@contextlib.contextmanager
+def _image(path: Path) -> Iterator[Any]:
+    """An open image file. Raises DataError if it, or what is read of it, is damaged."""
     try:
         from PIL import Image
     except ImportError as err:
         raise DataError("cannot be read without Pillow: pip install pillow, or give the data as an .npz file") from err
-    channels, height, width = spec.shape
-    if channels not in _MODES:
-        raise DataError(f"cannot be turned into {channels} channels; give the data as an .npz file")
     try:
         with Image.open(path) as image:
-            if image.size != (width, height):
-                raise DataError(
-                    f"is {image.width} x {image.height} pixels, expected {width} x {height} (width x height); "
-                    f"resize it, for example with Pillow's image.resize(({width}, {height}))"
-                )
-            if image.mode not in _EIGHT_BIT:
-                raise DataError(f"has mode {image.mode}, not 8 bits per channel; convert it")
-            pixels = np.asarray(image.convert(_MODES[channels]), np.uint8)
+            yield image
+    except DataError:
+        raise
     except (*_DAMAGED, Image.DecompressionBombError) as err:
         raise DataError(f"is not a readable image: {err or type(err).__name__}") from err
-    return pixels.reshape(height, width, channels)

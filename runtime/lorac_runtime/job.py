@@ -12,7 +12,7 @@ from lorac_runtime import resume
 from lorac_runtime.adapter import AdapterFile, load_adapter, most_bytes, to_manifest_coordinates
 from lorac_runtime.cache import check_cache
 from lorac_runtime.config import FORMATS, FinetuneConfig, Settings, settings_for
-from lorac_runtime.data import LocalData, fingerprint, load_data, split
+from lorac_runtime.data import LocalData, fingerprint, split
 from lorac_runtime.engines import AUTO
 from lorac_runtime.errors import AdapterError, LimitError, OutputError, listed
 from lorac_runtime.external_data import require_own_data
@@ -22,6 +22,7 @@ from lorac_runtime.manifest import ADAPTER, BASE, FILE_NAME, Manifest, load, sha
 from lorac_runtime.outputs import check_outputs
 from lorac_runtime.patch import batchnorm_tensors, check_base
 from lorac_runtime.report import FinetuneReport, read_report
+from lorac_runtime.task_data import load_local
 from lorac_runtime.training import Samples
 from lorac_runtime.trust import require_signed
 from lorac_runtime.version import __version__
@@ -69,13 +70,13 @@ def prepared(artifact: Path, data: Path, out: Path, *, config: FinetuneConfig, a
     check_outputs(artifact, out, manifest, data=data, adapter=adapter, to=config.to)
     verify_files(artifact, manifest)
     require_own_data(artifact, manifest)
-    required = 2 if manifest.needs_labels else 0
-    local = load_data(data, manifest.input, manifest.output.classes, manifest.class_names, require_classes=required)
+    local = load_local(data, manifest)
     if config.cache is not None:
         check_cache(manifest, config.engine, len(local), budget=config.cache, fp16=config.cache_fp16)
     start, metadata = start_of(artifact, manifest, adapter)
     train, held = split(local, settings.val_fraction, settings.seed)
-    samples = Samples(local, train, manifest.input, settings.batch_size, merge_single=manifest.bn_policy == "batch")
+    merge, loss = manifest.bn_policy == "batch", manifest.training.loss
+    samples = Samples(local, train, manifest.input, settings.batch_size, merge, manifest.task, loss)
     return Job(
         artifact=artifact,
         out=out,
@@ -98,7 +99,7 @@ def _pieces(manifest: Manifest, config: FinetuneConfig, settings: Settings, loca
     if config.engine not in (AUTO, ENGINE):
         raise LimitError(f"the engine {config.engine} cannot keep to --memory: leave it out, or use --engine {ENGINE}")
     return pieces_within(
-        manifest, config.memory, batch=settings.batch_size, data=local.images.nbytes, asked=config.micro_batch
+        manifest, config.memory, batch=settings.batch_size, data=local.nbytes, asked=config.micro_batch
     )
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "BATCHNORM",
     "BN_POLICIES",
     "FILE_NAME",
+    "LOSS",
     "LOSSES",
     "OPTIMIZERS",
     "ROLES",
@@ -79,6 +80,7 @@ SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
 BATCHNORM = "batchnorm.safetensors"
 ADAPTER = "adapter.safetensors"
+LOSS = "loss.onnx"  # the loss that the maker of an artifact gave, as it was cleaned; engines do not read it
 ANCHORS = "anchors.npz"  # samples with labels that no adaptation may forget; not every artifact has some
 MAX_BYTES = 64 << 20  # no manifest of a CNN comes near; a larger one is not read
 

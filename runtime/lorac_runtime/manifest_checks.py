@@ -21,9 +21,16 @@ from lorac_runtime.description import (
     TrainingDefaults,
 )
 from lorac_runtime.patch_checks import patch_problems, tflite_problems
+from lorac_runtime.tasks import CLASSIFICATION, LOSSES_OF, OWN_LOSS, task_problems
 
 FRONT = ("onnxruntime", "prefix_step.onnx")  # the engine that takes features, and what computes them
 _OPTIONS_OF = {"adamw": ("betas", "eps", "amsgrad"), "sgd": ("momentum", "dampening", "nesterov")}
+_LOSS_OF = {
+    "label_smoothing": "cross_entropy",
+    "focal_gamma": "focal",
+    "temperature": "distillation",
+    "distillation_weight": "distillation",
+}
 
 
 def contradictions(m: Manifest) -> list[str]:
@@ -47,9 +54,21 @@ def contradictions(m: Manifest) -> list[str]:
     problems += input_problems(m.input)
     problems += _feature_problems(m)
     problems += [f"training.{text}" for text in training_problems(m.training)]
+    problems += _task_problems(m)
     if len(m.class_names) != m.output.classes:
         problems.append(f"class_names: {len(m.class_names)} names for {m.output.classes} classes")
     return problems
+
+
+def _task_problems(m: Manifest) -> list[str]:
+    if m.task is not None:
+        problems = task_problems(m.task, m.training.loss)
+        if not problems and (m.output.name, m.output.classes) != (m.task.outputs[0].name, m.task.classes):
+            problems.append(f"output: {m.output}, but the first of task.outputs is {m.task.outputs[0]}")
+        return problems
+    if m.training.loss in LOSSES and m.training.loss not in LOSSES_OF[CLASSIFICATION]:
+        return [f"training.loss: {m.training.loss!r} does not go with classification"]
+    return ["training.loss: 'graph' needs a task"] if m.training.loss == OWN_LOSS else []
 
 
 def _choices(m: Manifest) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -167,6 +186,9 @@ def _ranges(t: TrainingDefaults) -> list[tuple[str, float, bool, str]]:
         ("lr", t.lr, t.lr > 0, "above 0"),
         ("warmup", t.warmup, 0 <= t.warmup <= 1, "0 to 1"),
         ("dampening", t.dampening, True, "a finite number"),
+        ("focal_gamma", t.focal_gamma, t.focal_gamma == 0 or t.focal_gamma >= 1, "0, or 1 and more"),
+        ("temperature", t.temperature, t.temperature > 0, "above 0"),
+        ("distillation_weight", t.distillation_weight, 0 < t.distillation_weight < 1, "above 0 and below 1"),
         *((name, value, value >= 0, "0 or more") for name, value in least.items()),
         *((name, value, 0 <= value < 1, "at least 0 and below 1") for name, value in below_one.items()),
     ]
@@ -189,8 +211,8 @@ def _optimizer_problems(t: TrainingDefaults) -> list[str]:
 
 
 def _loss_problems(t: TrainingDefaults) -> list[str]:
-    if t.loss not in LOSSES:
+    if t.loss not in (*LOSSES, OWN_LOSS):
         return [f"loss: {t.loss!r} is not one of {', '.join(LOSSES)}"]
-    if t.label_smoothing and t.loss != "cross_entropy":
-        return [f"label_smoothing: needs the loss cross_entropy, got {t.loss}"]
-    return []
+    default = TrainingDefaults()
+    idle = [(name, loss) for name, loss in _LOSS_OF.items() if getattr(t, name) != getattr(default, name)]
+    return [f"{name}: needs the loss {loss}, got {t.loss}" for name, loss in idle if loss != t.loss]

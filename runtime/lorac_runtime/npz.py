@@ -129,6 +129,18 @@ def read_arrays(
     Raises DataError if one of the ``needed`` is missing, or the file is damaged, no archive, or would unpack to more
     than there is any use for.
     """
+    known = {key: shapes, "labels": [()], "ids": [()]}
+    found = read_named(path, known, needed=needed)
+    return found[key], found.get("labels"), found.get("ids")
+
+
+def read_named(
+    path: Path, known: Mapping[str, Sequence[tuple[int, ...]] | None], *, needed: Sequence[str]
+) -> dict[str, Array]:
+    """The arrays of a file that are ``known``, by name, with the shapes of one sample that are expected of large ones.
+
+    None: any. Raises what `read_arrays` raises.
+    """
     advice = f"save it with numpy.savez(path, {', '.join(f'{name}=...' for name in needed)})"
     try:
         size_of(path)
@@ -136,23 +148,23 @@ def read_arrays(
         with path.open("rb") as stream:
             if stream.read(len(_SINGLE)) == _SINGLE:
                 raise DataError(f"{path} holds a single array, not {' and '.join(needed)}; {advice}")
-            _check_headers(path, headers(stream, path, (key, "labels", "ids")), key, shapes)
+            _check_headers(path, headers(stream, path, tuple(known)), known)
             archive = np.load(stream, allow_pickle=False)
             missing = [name for name in needed if name not in archive.files]
             if missing:
                 why = f". {NEED_LABELS}" if missing == ["labels"] else ""
                 raise DataError(f"{path} has no {' and no '.join(missing)}, only {archive.files}; {advice}{why}")
-            labels, ids = (archive[name] if name in archive.files else None for name in ("labels", "ids"))
-            return archive[key], labels, ids
+            return {name: archive[name] for name in known if name in archive.files}
     except MemoryError as err:
         raise DataError(f"{path} says it holds more than fits into memory ({err})") from err
     except _DAMAGED as err:
         raise DataError(f"{path} is not a readable .npz of plain arrays ({err}); {advice}") from err
 
 
-def _check_headers(path: Path, found: Mapping[str, Header], key: str, shapes: Sequence[tuple[int, ...]] | None) -> None:
+def _check_headers(
+    path: Path, found: Mapping[str, Header], known: Mapping[str, Sequence[tuple[int, ...]] | None]
+) -> None:
     """Raise DataError for arrays that are too large to be looked at, and of no use."""
     for name, header in found.items():
-        expected = [()] if name != key else shapes
-        if expected is not None:
+        if (expected := known[name]) is not None:
             require_shape(path, name, header, expected)

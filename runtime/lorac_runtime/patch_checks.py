@@ -34,7 +34,7 @@ def tflite_problems(m: Manifest) -> list[str]:
     problems = _description_problems(m.tflite)
     for what, found, expected in (
         ("input_shape", m.tflite.input_shape, (1, *m.input.channels_last)),
-        ("output_shape", m.tflite.output_shape, (1, m.output.classes)),
+        ("output_shape", m.tflite.output_shape, _tflite_output(m)),
     ):
         problems += [] if found == expected else [f"tflite.{what}: {found}, expected {expected}"]
     allowed = _DTYPES_OF.get(m.tflite.weights, tuple(ITEM_SIZES))
@@ -44,6 +44,14 @@ def tflite_problems(m: Manifest) -> list[str]:
         if p.file == BASE_TFLITE and p.dtype not in allowed
     ]
     return problems
+
+
+def _tflite_output(m: Manifest) -> tuple[int, ...]:
+    """The shape of base.tflite's output, channels last."""
+    if m.task is None:
+        return (1, m.output.classes)
+    shape = m.task.outputs[0].shape
+    return (1, *shape[1:], *shape[:1])
 
 
 def _description_problems(entry: TfliteEntry) -> list[str]:

@@ -75,7 +75,9 @@ class FinetuneReport:
     time, resumed parts included; ``fuse_seconds`` is what fusing took beside reading and writing the ``fused`` files.
     ``peak_memory_bytes`` is the process's peak resident memory, None where the system does not tell. ``run`` identifies
     artifact, data and settings by hash and value: a run with an equal one would give the same result. ``cache`` is
-    None where there was none.
+    None where there was none. ``task`` is one of `lorac_runtime.tasks.TASKS`. Of segmentation accuracies are shares of
+    pixels, and ``mean_iou_before`` and ``_after`` the mean overlap of classes; ``error_before`` and ``_after`` are mean
+    absolute errors of regression; else None.
     """
 
     engine: str
@@ -102,6 +104,11 @@ class FinetuneReport:
     run: dict[str, str]
     fused: tuple[FusedFile, ...] = ()
     cache: CacheReport | None = None
+    mean_iou_before: float | None = None
+    mean_iou_after: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    task: str = "classification"
 
     def to_json(self) -> str:
         """The report as text."""

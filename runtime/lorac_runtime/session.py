@@ -136,7 +136,7 @@ def _resumed_or_begun(engine: Engine, job: Job, inputs: Inputs | None, *, restar
         raise AdapterError(str(err)) from err
     if not len(job.held_out):
         log.info("no samples are held out: there will be no accuracies")
-    elif job.training.data.labels is None:
+    elif not job.training.labelled:
         log.info("the data have no labels: there will be no accuracies")
     before = evaluate(engine, job.probe, inputs)
     if not math.isfinite(before.loss):
@@ -215,6 +215,11 @@ def _report(
         bn_policy=manifest.bn_policy,
         accuracy_before=before.accuracy if before else None,
         accuracy_after=after.accuracy if before else None,
+        mean_iou_before=before.mean_iou if before else None,
+        mean_iou_after=after.mean_iou if before else None,
+        error_before=before.error if before else None,
+        error_after=after.error if before else None,
+        task=manifest.kind,
         loss_before=before.loss if before else None,
         loss_after=after.loss if before else None,
         losses=history.losses,

@@ -11,6 +11,7 @@ from lorac_runtime.adapting import Adaptation
 from lorac_runtime.manifest import ADAPTER
 from lorac_runtime.report import FILE_NAME as REPORT
 from lorac_runtime.report import CacheReport, FinetuneReport
+from lorac_runtime.tasks import CUSTOM
 
 _LONG = ("losses", "run")  # fields of a report that an event leaves out
 
@@ -45,7 +46,7 @@ def table(report: FinetuneReport, out: Path) -> str:
     share = report.trained_parameters / report.model_parameters
     memory = "unknown" if report.peak_memory_bytes is None else f"{report.peak_memory_bytes / 2**20:.0f} MiB"
     rows = {
-        "accuracy": _accuracies(report),
+        **_quality(report),
         "loss": _losses(report),
         "trained": f"{report.trained_parameters:,} of {report.model_parameters:,} parameters ({share:.2%})",
         "samples": f"{report.train_images} for training, {report.val_images} held out",
@@ -70,6 +71,19 @@ def _losses(report: FinetuneReport) -> str:
     if report.loss_before is None or report.loss_after is None:
         return "not measured: no samples were held out"
     return f"{report.loss_before:.4f} before, {report.loss_after:.4f} after, on held-out samples; nothing trained"
+
+
+def _quality(report: FinetuneReport) -> dict[str, str]:
+    """How well the network answers held-out samples, by what its task is measured with."""
+    on = f"on {report.val_images} held-out samples"
+    if report.error_before is not None and report.error_after is not None:
+        return {"error": f"{report.error_before:.4g} before, {report.error_after:.4g} after, mean absolute, {on}"}
+    if report.mean_iou_before is not None and report.mean_iou_after is not None:
+        overlap = f"{report.mean_iou_before:.3f} before, {report.mean_iou_after:.3f} after, {on}"
+        return {"mean IoU": overlap, "accuracy": f"{_accuracies(report)} by pixel"}
+    if report.accuracy_before is None and report.task == CUSTOM and report.loss_before is not None:
+        return {"held out": f"loss {report.loss_before:.4f} before, {report.loss_after:.4f} after, {on}"}
+    return {"accuracy": _accuracies(report)}
 
 
 def _accuracies(report: FinetuneReport) -> str:

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from lorac_runtime.config import Settings
 from lorac_runtime.data import LocalData, preprocess
-from lorac_runtime.engines import Engine
+from lorac_runtime.engines.engine import Engine, Labels
 from lorac_runtime.errors import DivergenceError
 from lorac_runtime.manifest import InputSpec
+from lorac_runtime.metrics import Figures, meter_of
 from lorac_runtime.schedule import one_cycle
+from lorac_runtime.tasks import Task, weight_of
 
 Indices = npt.NDArray[np.int64]
 
@@ -58,10 +60,12 @@ Pause = Callable[[], bool]  # whether to stop after the step that was just taken
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Mean loss, and the share of images that were classified rightly; None without labels."""
+    """Mean loss, and how well the answers were (`lorac_runtime.metrics.Figures`); figures are None without labels."""
 
     loss: float
     accuracy: float | None
+    mean_iou: float | None = None
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,8 @@ class History:
 class Samples:
     """Some of the local images (``index``), as batches that ``spec`` and the BN policy allow.
 
-    With ``merge_single`` a last batch of one image joins the one before it: alone it may have no variance.
+    With ``merge_single`` a last batch of one image joins the one before it: alone it may have no variance. ``task``
+    (None: classification) and ``loss`` say how batches weigh in the mean loss, and what is measured.
     """
 
     data: LocalData
@@ -92,6 +97,8 @@ class Samples:
     spec: InputSpec
     batch_size: int
     merge_single: bool = False
+    task: Task | None = None
+    loss: str = "cross_entropy"
 
     def __len__(self) -> int:
         return len(self.index)
@@ -116,9 +123,16 @@ class Samples:
         """Those of a batch, as the model takes them."""
         return preprocess(self.data.images[batch], self.spec)
 
-    def labels(self, batch: Indices) -> npt.NDArray[np.int64] | None:
-        """Those of a batch; None where the data have none."""
+    def labels(self, batch: Indices) -> Labels | None:
+        """Those of a batch, or the targets of another task by name; None where the data have none."""
+        if self.data.targets:
+            return {name: values[batch] for name, values in self.data.targets.items()}
         return None if self.data.labels is None else self.data.labels[batch]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the data have labels, or targets."""
+        return self.data.labels is not None or bool(self.data.targets)
 
 
 Inputs = Callable[[Samples, Indices], Mapping[str, npt.NDArray[Any]]]  # what a step takes for a batch of samples
@@ -131,14 +145,17 @@ def computed(engine: Engine) -> Inputs:
 
 def evaluate(engine: Engine, samples: Samples, inputs: Inputs | None = None) -> Evaluation:
     """How the engine's model does on some samples, at least one, as it stands; changes nothing."""
-    inputs = inputs or computed(engine)
-    loss, right = 0.0, 0
+    inputs, meter = inputs or computed(engine), meter_of(samples.task)
+    loss, total = 0.0, 0.0
     for batch in samples.batches():
         labels = samples.labels(batch)
         batch_loss, logits = engine.eval_step(inputs(samples, batch), labels)
-        loss += batch_loss * len(batch)
-        right += 0 if labels is None else int(np.count_nonzero(logits.argmax(axis=1) == labels))
-    return Evaluation(loss / len(samples), None if samples.data.labels is None else right / len(samples))
+        weight = weight_of(samples.task, samples.loss, labels, slice(None), len(batch))
+        loss, total = loss + batch_loss * weight, total + weight
+        if labels is not None:
+            meter.add(logits, labels)
+    figures = meter.figures() if samples.labelled else Figures()
+    return Evaluation(loss / (total or 1.0), figures.accuracy, figures.mean_iou, figures.error)
 
 
 def train_epoch(
@@ -193,12 +210,14 @@ def _whole(history: History, loss: float) -> History:
 def exploded(history: History, classes: int) -> bool:
     """Whether the mean loss of the last whole epoch is far above where it began and above that of random answers.
 
+    Never where there are no ``classes``: what a loss should be is then not known.
+
     >>> exploded(History(1, (2.0, 90.0), (46.0,)), 10), exploded(History(1, (2.0, 3.0), (2.5,)), 10)
     (True, False)
     """
     if not history.epoch_losses:
         return False
-    return history.epoch_losses[-1] > EXPLODED * max(history.losses[0], math.log(classes))
+    return bool(classes) and history.epoch_losses[-1] > EXPLODED * max(history.losses[0], math.log(classes))
 
 
 def diverged(what: str, settings: Settings) -> str:

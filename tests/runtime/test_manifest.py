@@ -78,7 +78,7 @@ CONTRADICTIONS: dict[str, tuple[Path_, Any, str]] = {
     "engine": (("engines",), {"x": {"files": ["y.onnx"], "version": "1"}}, "engines.x: y.onnx is not in files"),
     "not a number": (("input", "mean"), [0.5, 0.5, float("nan")], r"input.mean\[2\]: expected a finite number"),
     "optimizer": (("training", "optimizer"), "lion", "training.optimizer: 'lion' is not one of adamw, sgd"),
-    "loss": (("training", "loss"), "hinge", "training.loss: 'hinge' is not one of cross_entropy, mse"),
+    "loss": (("training", "loss"), "hinge", "training.loss: 'hinge' is not one of cross_entropy, focal"),
     "betas": (("training", "betas"), [0.9], r"training.betas: expected 2 entries, got 1"),
     "idle option": (("training", "momentum"), 0.9, "training.momentum: is an option of sgd, the optimizer is adamw"),
     "version": (("schema_version",), 99, "schema_version 99, this runtime reads 1"),
@@ -141,11 +141,29 @@ RANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"label_smoothing": 0.1, "loss": "mse"},
         ["label_smoothing: needs the loss cross_entropy, got mse"],
     ),
+    "gamma": (
+        {"loss": "focal", "focal_gamma": 0.5},
+        ["focal_gamma: 0.5 is out of range, expected 0, or 1 and more"],
+    ),
+    "distillation": (
+        {"loss": "distillation", "temperature": 0.0, "distillation_weight": 1.0},
+        [
+            "temperature: 0.0 is out of range, expected above 0",
+            "distillation_weight: 1.0 is out of range, expected above 0 and below 1",
+        ],
+    ),
+    "idle settings of losses": (
+        {"focal_gamma": 3.0, "temperature": 3.0},
+        [
+            "focal_gamma: needs the loss focal, got cross_entropy",
+            "temperature: needs the loss distillation, got cross_entropy",
+        ],
+    ),
     "unknown": (
         {"optimizer": "lion", "loss": "hinge", "momentum": 0.9},
         [
             "optimizer: 'lion' is not one of adamw, sgd",
-            "loss: 'hinge' is not one of cross_entropy, mse, binary_cross_entropy, entropy",
+            "loss: 'hinge' is not one of cross_entropy, focal, distillation, mse, binary_cross_entropy, entropy, l1",
         ],
     ),
     "of sgd": (

@@ -179,6 +179,20 @@ def _erf(tape: Tape, site: Site) -> ir.Value:
     return tape.op("Mul", site.grad, bell, like=site.x)
 
 
+def _sin(tape: Tape, site: Site) -> ir.Value:
+    return tape.op("Mul", site.grad, tape.op("Cos", site.x, like=site.x), like=site.x)
+
+
+def _cos(tape: Tape, site: Site) -> ir.Value:
+    return _neg(tape, tape.op("Mul", site.grad, tape.op("Sin", site.x, like=site.x), like=site.x))
+
+
+def _atan(tape: Tape, site: Site) -> ir.Value:
+    """grad / (1 + x^2)."""
+    square = tape.op("Mul", site.x, site.x, like=site.x)
+    return tape.op("Div", site.grad, tape.op("Add", square, 1.0, like=site.x), like=site.x)
+
+
 def _cast(tape: Tape, site: Site) -> ir.Value:
     kind = site.x.dtype
     if kind is None or not kind.is_floating_point():
@@ -191,7 +205,9 @@ def _cast(tape: Tape, site: Site) -> ir.Value:
 RULES: dict[str, Rule] = {
     "Abs": _unary(_abs),
     "Add": _passed_on,
+    "Atan": _unary(_atan),
     "Cast": _unary(_cast),
+    "Cos": _unary(_cos),
     "Div": _div,
     "Erf": _unary(_erf),
     "Exp": _unary(_exp),
@@ -204,6 +220,7 @@ RULES: dict[str, Rule] = {
     "Neg": _unary(lambda tape, site: _neg(tape, site.grad)),
     "Pow": _pow,
     "Reciprocal": _unary(_reciprocal),
+    "Sin": _unary(_sin),
     "Sqrt": _unary(_sqrt),
     "Sub": _sub,
     "Sum": _passed_on,

@@ -21,7 +21,7 @@ from lorac_exporters.gradients.moves import (
     zeros_like,
 )
 from lorac_exporters.gradients.rule import Rule, Site
-from lorac_exporters.gradients.tape import Dim, Dims, Tape, dims
+from lorac_exporters.gradients.tape import Attributes, Dim, Dims, Tape, dims
 from lorac_exporters.graph_tools import int_attribute, ints_attribute, need, text_attribute
 
 _FAR = 2**31 - 1  # exporters write this, or a larger end, for "up to the end"
@@ -203,11 +203,19 @@ def gather(tape: Tape, site: Site) -> Grads:
     return only(site, tape.op("Gather", grad, back, like=site.x, attributes={"axis": axis}))
 
 
+def gather_elements(tape: Tape, site: Site) -> Grads:
+    """Each part of the gradient added to where its element was taken from; the indices may be computed."""
+    attributes: Attributes = {"axis": int_attribute(site.node, "axis", 0), "reduction": "add"}
+    inputs = zeros_like(tape, site.x), need(site.input(1)), site.grad
+    return only(site, tape.op("ScatterElements", *inputs, like=site.x, attributes=attributes))
+
+
 RULES: dict[str, Rule] = {
     "Concat": concat,
     "Expand": expand,
     "Flatten": reshaped,
     "Gather": gather,
+    "GatherElements": gather_elements,
     "Pad": pad_rule,
     "Reshape": reshaped,
     "Slice": slice_,

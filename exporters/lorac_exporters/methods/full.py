@@ -16,9 +16,9 @@ def plan_full(network: Network, config: LoraConfig) -> Plan:
     """
     more = [*network.others, *parts.affine(network, LoraConfig())]
     parts.check_blocks(network, config, *more)
-    convs = parts.usable([layer for layer in network.convs if layer.weight != network.head_weight[0]], config)
+    convs = parts.usable(network.hidden_convs, config)
     trainables = [*parts.weights(convs), *parts.biases(convs)]
-    for linear in parts.usable(network.linears, config):
+    for linear in parts.usable(network.hidden_linears, config):
         trainables += [*parts.weights([linear]), *parts.biases([linear])]
     trainables += [t for t in more if inside(layer_of(t.name), config.blocks)]
     trainables += parts.head(network, config, with_bias=True)

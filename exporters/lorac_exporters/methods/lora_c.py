@@ -75,7 +75,7 @@ def plan_lora_all(network: Network, config: LoraConfig) -> Plan:
     """
     parts.check_blocks(network, config)
     mode = _mode(network, config)
-    layers = [*network.body, _head_layer(network)]
+    layers = [*network.body, _head_layer(network), *network.more_heads]
     fates: Fates = [
         (layer, _reason(layer, config) or layer.no_adapter or _layer_wise(layer, config, mode)) for layer in layers
     ]
@@ -89,8 +89,7 @@ def _mode(network: Network, config: LoraConfig) -> Mode:
 
 def _hidden(network: Network) -> tuple[list[Layer], list[Layer]]:
     """Convolutions and fully connected layers, the head not among them."""
-    convs = [layer for layer in network.convs if layer.weight != network.head_weight[0]]
-    return convs, [layer for layer in network.linears if layer.weight != network.head_weight[0]]
+    return list(network.hidden_convs), list(network.hidden_linears)
 
 
 def _head_layer(network: Network) -> Layer:

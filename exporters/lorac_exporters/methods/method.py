@@ -52,7 +52,7 @@ class Method:
         plan = self.planner(network, dataclasses.replace(config, blocks=blocks))
         if blocks:
             _require_trained(network, plan, config.blocks)
-        outside = [] if inside(network.head, blocks) else [(network.head, OUTSIDE)]
+        outside = [(head, OUTSIDE) for head in network.heads if not inside(head, blocks)]
         frozen = tuple(dict([*plan.frozen, *outside]).items())
         return dataclasses.replace(plan, method=self.name, frozen=frozen)
 
@@ -99,7 +99,7 @@ def _require_trained(network: Network, plan: Plan, blocks: tuple[str, ...]) -> N
     """Raise ValueError if one of ``blocks`` holds nothing that the method could train, or nothing trains at all."""
     planned = [t.name for t in plan.trainables] + [layer for layer, reason in plan.frozen if reason != OUTSIDE]
     empty = [block for block in blocks if not any(inside(name, resolve(network, (block,))) for name in planned)]
-    require_blocks(tuple(empty), [layer.name for layer in network.body] + [network.head])
+    require_blocks(tuple(empty), [layer.name for layer in network.body] + [*network.heads])
     if empty:
         raise ValueError(f"blocks {', '.join(empty)}: they hold no layer that method {plan.method} could train")
     if not plan.trainables:

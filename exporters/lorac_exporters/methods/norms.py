@@ -24,6 +24,7 @@ def plan_bias(network: Network, config: LoraConfig) -> Plan:
     trainables = [*parts.biases(layers), *(t for norm in _chosen(shifts, config) if (t := norm.shift) is not None)]
     if inside(network.head, config.blocks) and network.head_bias is not None:
         trainables.append(Trainable(*network.head_bias, "bias"))
+    trainables += parts.biases(parts.usable(network.more_heads, config))
     _require_some(trainables, "bias", config)
     return Plan("bias", (), tuple(trainables), parts.frozen(network, config, trainables, "only biases train"))
 

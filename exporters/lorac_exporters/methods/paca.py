@@ -50,7 +50,7 @@ def plan_paca(network: Network, config: LoraConfig) -> Plan:
     tensors += parts.biases(parts.usable(network.body, config)) if config.biases == "all" else []
     tensors += parts.head(network, config, with_bias=config.biases != "none")
     frozen = [(layer.name, fate) for layer, fate in fates.items() if isinstance(fate, str)]
-    frozen += [] if inside(network.head, config.blocks) else [(network.head, parts.OUTSIDE)]
+    frozen += [(head, parts.OUTSIDE) for head in network.heads if not inside(head, config.blocks)]
     return Plan("paca", (), tuple(tensors), tuple(frozen), partials)
 
 

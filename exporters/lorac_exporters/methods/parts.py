@@ -15,7 +15,7 @@ def check_blocks(network: Network, config: LoraConfig, *more: Trainable) -> None
     """Raise ValueError if one of ``config.blocks`` names no layer of ``network``; ``more`` are tensors besides."""
     layers = [layer.name for layer in network.body] + [layer_of(t.name) for t in more]
     others = {name for name, _ in network.order} - {*layers}  # of stages, beside what the method could train
-    require_blocks(tuple(block for block in config.blocks if block not in others), [*layers, network.head])
+    require_blocks(tuple(block for block in config.blocks if block not in others), [*layers, *network.heads])
 
 
 def usable(layers: Iterable[Layer], config: LoraConfig) -> list[Layer]:
@@ -44,12 +44,14 @@ def affine(network: Network, config: LoraConfig) -> list[Trainable]:
 
 
 def head(network: Network, config: LoraConfig, *, with_bias: bool) -> list[Trainable]:
-    """The classifier's weight and, if wanted, bias; nothing where it lies outside of the blocks."""
-    if not inside(network.head, config.blocks):
-        return []
-    tensors = [Trainable(*network.head_weight, "weight")]
-    if with_bias and network.head_bias is not None:
-        tensors.append(Trainable(*network.head_bias, "bias"))
+    """The weights of the heads and, if wanted, their biases; nothing of those that lie outside of the blocks."""
+    tensors = []
+    if inside(network.head, config.blocks):
+        tensors = [Trainable(*network.head_weight, "weight")]
+        if with_bias and network.head_bias is not None:
+            tensors.append(Trainable(*network.head_bias, "bias"))
+    for layer in usable(network.more_heads, config):
+        tensors += [*weights([layer]), *(biases([layer]) if with_bias else [])]
     return tensors
 
 
@@ -62,4 +64,5 @@ def frozen(network: Network, config: LoraConfig, trained: Iterable[Trainable], w
             reasons.setdefault(layer_of(tensor.name), why)
     if network.head_weight[0] not in names:
         reasons[network.head] = why
+    reasons |= {layer.name: layer.obstacle or why for layer in network.more_heads if layer.weight not in names}
     return tuple((name, text if inside(name, config.blocks) else OUTSIDE) for name, text in reasons.items())

@@ -23,6 +23,7 @@ from lorac_exporters.references import (
     run_onnx,
     unfused_logits,
 )
+from lorac_exporters.running import joined
 from lorac_exporters.tflite.answers import TfliteAnswers
 from lorac_exporters.tflite.dropin import compare_files
 from lorac_exporters.tflite.network import Network
@@ -113,11 +114,13 @@ def _answers_check(fused: Path, folder: Path, manifest: mf.Manifest, state: Stat
 
 
 def answers(path: Path, images: npt.NDArray[np.uint8], spec: mf.InputSpec) -> Floats:
-    """The logits of a classifier for raw images. Raises ConversionError without a TFLite runtime."""
+    """The answers (n, classes, ...) to raw images, several outputs as `running.joined` has them.
+
+    Raises ConversionError without a TFLite runtime.
+    """
     found = TfliteAnswers(path, read_network(path), spec)(images)
-    if len(found) != 1:
-        raise ArtifactError(f"{path} has {len(found)} outputs, expected one: the logits")
-    return next(iter(found.values()))
+    # channels first, as ONNX has them
+    return joined([np.moveaxis(answer, -1, 1) for answer in found.values()])
 
 
 def rounded_check(name: str, fused: Pair, base: Pair, tolerance: float, *, step: float | None = None) -> Check:

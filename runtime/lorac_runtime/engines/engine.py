@@ -17,7 +17,7 @@ from lorac_runtime.manifest import Manifest
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int64] | Mapping[str, Array]  # of classification, or the targets of another task by name
 Batch = Array | Mapping[str, Array]  # images, or what `Engine.inputs` made of them
 
 AUTO = "auto"
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 class Engine(Protocol):
     """A model that trains. Images are a batch as the artifact's input spec says, ``labels`` (batch,) int64, or None for
-    a loss that needs none (DataError for any other).
+    a loss that needs none (DataError for any other); of another task than classification the targets by name.
 
     A step takes images, or what `inputs` gives for them, which may be kept: it stays right as long as `prefix` has the
     same key. All verbs raise EngineError when the engine refuses, MemoryError when memory does not suffice.
@@ -56,7 +56,11 @@ class Engine(Protocol):
         """
 
     def eval_step(self, batch: Batch, labels: Labels | None) -> tuple[float, Floats]:
-        """(mean loss, logits (batch, classes)) in evaluation mode; changes nothing."""
+        """(mean loss, logits (batch, classes)) in evaluation mode; changes nothing.
+
+        Of another task than classification it is the network's output, (batch, ...); several outputs stand side by
+        side, (batch, all of them).
+        """
 
     def state(self) -> dict[str, Floats]:
         """Copies of all trainable tensors by name, and of what is fixed in adapters, such as a frozen lora_a.

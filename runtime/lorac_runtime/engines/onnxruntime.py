@@ -26,10 +26,11 @@ from lorac_runtime.errors import CheckpointError, DataError, EngineError
 from lorac_runtime.expected import fixed_tensors
 from lorac_runtime.manifest import ADAPTER, Manifest
 from lorac_runtime.patch import batchnorm_tensors
+from lorac_runtime.tasks import CUSTOM, weight_of
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int64] | Mapping[str, Array]
 Batch = Array | Mapping[str, Array]
 
 NAME = "onnxruntime"
@@ -58,6 +59,11 @@ class OnnxRuntime:
             raise EngineError(
                 "micro-batches do not go with BN policy 'batch': statistics are those of the whole batch. "
                 "Leave --micro-batch out, or export with another policy"
+            )
+        if micro_batch is not None and manifest.kind == CUSTOM:
+            raise EngineError(
+                "micro-batches do not go with a loss graph, which may do anything with a batch (count what is in it, "
+                "say): leave --micro-batch out, and choose a smaller --batch-size instead"
             )
         return_freed_memory()
         self._ort = wheel.load_inference()
@@ -138,8 +144,7 @@ class OnnxRuntime:
             vector[...] = 0
         loss = 0.0
         with translated(NAME, "train"):
-            for part in self._parts(count):
-                share = (part.stop - part.start) / count
+            for part, share in self._shares(labels, count):
                 feeds = self._feeds(inputs, labels, part) | {sg.WEIGHT: np.array(share, np.float32)}
                 loss += share * gradient.run(feeds)[sg.LOSS]
                 self._gradients.swap()
@@ -160,12 +165,20 @@ class OnnxRuntime:
         (session,) = self._opened(sg.EVAL)
         tensors = {n: self._carried.values[n] for n in self._layout.tensors}
         loss, logits = 0.0, []
-        for part in self._parts(count):
+        names = [sg.LOSS, *sg.outputs(self._manifest)]
+        for part, share in self._shares(labels, count):
             with translated(NAME, "evaluate"):
-                found = session.run([sg.LOSS, self._manifest.output.name], self._feeds(inputs, labels, part) | tensors)
-            loss += float(found[0]) * len(found[1]) / count
-            logits.append(found[1])
+                found = session.run(names, self._feeds(inputs, labels, part) | tensors)
+            loss += share * float(found[0])
+            logits.append(_side_by_side(found[1:]))
         return loss, logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def _shares(self, labels: Labels | None, count: int) -> list[tuple[slice, float]]:
+        """The pieces of a batch, and how much each weighs in the mean loss."""
+        parts, loss = self._parts(count), self._manifest.training.loss
+        weights = [weight_of(self._manifest.task, loss, labels, part, count) for part in parts]
+        total = sum(weights) or 1.0
+        return [(part, 1.0 if len(parts) == 1 else weight / total) for part, weight in zip(parts, weights, strict=True)]
 
     def _parts(self, count: int) -> list[slice]:
         if self._micro_batch is None:
@@ -178,7 +191,7 @@ class OnnxRuntime:
         if sg.has_labels(self._manifest):
             if labels is None:
                 raise DataError(f"the loss {self._manifest.training.loss} needs labels, and there are none")
-            feeds[sg.LABELS] = np.ascontiguousarray(labels[part], np.int64)
+            feeds |= sg.targets(self._manifest, labels, part)
         return feeds
 
     def state(self) -> dict[str, Floats]:
@@ -267,3 +280,10 @@ class OnnxRuntime:
             return session
         scalars = [n for n in (sg.LOSS, sg.NORM) if n in sg.ports(session.get_outputs())]
         return StepSession(self._ort, session, (self._carried, self._gradients), scalars)
+
+
+def _side_by_side(outputs: list[Floats]) -> Floats:
+    """One output as it is; several as (batch, all of them)."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)

@@ -219,8 +219,8 @@ class OnnxRuntimeTraining:
                 self._state.parameters[name] = np.ascontiguousarray(value)
 
 
-def _given(labels: Labels | None) -> Labels:
-    if labels is None:
+def _given(labels: Labels | None) -> npt.NDArray[np.int64]:
+    if labels is None or isinstance(labels, Mapping):
         raise DataError(f"the engine {NAME} has no loss without labels, and there are none")
     return labels
 

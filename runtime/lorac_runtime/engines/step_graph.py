@@ -13,6 +13,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lorac_runtime.errors import EngineError, listed
 from lorac_runtime.manifest import Manifest, TrainingDefaults
 
@@ -21,8 +24,10 @@ PREFIX, WEIGHTS_FILE = "prefix_step.onnx", "weights.bin"
 LABELS, LR, STEP, WEIGHT = "labels", "lr", "step", "weight"
 LOSS, NORM, NEXT, PACKED_GRADIENT = "loss", "gradient_norm", ".next", "gradient"
 FLOAT, INT64, UINT8 = "tensor(float)", "tensor(int64)", "tensor(uint8)"
+_TYPES = {"int64": INT64, "float32": FLOAT}
 
 Shape = tuple[int, ...]
+Labels = npt.NDArray[np.int64] | Mapping[str, npt.NDArray[Any]]
 Ports = dict[str, tuple[str, tuple[int | None, ...]]]  # name -> (type, shape); None is the batch
 
 
@@ -147,7 +152,7 @@ def _expected(name: str, manifest: Manifest, layout: Layout) -> tuple[Ports, Por
     if name == OPTIMIZER:
         own = {n: p for n, p in tensors.items() if n in trained} | memory
         return own | gradients | {LR: scalar}, _next(own) | {NORM: scalar}
-    return data | tensors, {LOSS: scalar, manifest.output.name: (FLOAT, (None, manifest.output.classes))}
+    return data | tensors, {LOSS: scalar} | {name: (FLOAT, (None, *row)) for name, row in outputs(manifest).items()}
 
 
 def _floats(shapes: Mapping[str, Shape]) -> Ports:
@@ -160,7 +165,25 @@ def _next(inputs: Ports) -> Ports:
 
 def _data(manifest: Manifest) -> Ports:
     found = _features(manifest) or _images(manifest)
-    return found | {LABELS: (INT64, (None,))} if has_labels(manifest) else found
+    if not has_labels(manifest):
+        return found
+    if manifest.task is None:
+        return found | {LABELS: (INT64, (None,))}
+    return found | {t.name: (_TYPES[t.dtype], (None, *t.shape)) for t in manifest.task.targets}
+
+
+def outputs(manifest: Manifest) -> dict[str, Shape]:
+    """What the network answers: names and shapes of a sample."""
+    if manifest.task is None:
+        return {manifest.output.name: (manifest.output.classes,)}
+    return {output.name: output.shape for output in manifest.task.outputs}
+
+
+def targets(manifest: Manifest, given: Labels, part: slice) -> dict[str, npt.NDArray[Any]]:
+    """Labels, or the targets of another task, of some samples of a batch, as step graphs take them."""
+    if manifest.task is not None and isinstance(given, Mapping):
+        return {t.name: np.ascontiguousarray(given[t.name][part], t.dtype) for t in manifest.task.targets}
+    return {LABELS: np.ascontiguousarray(np.asarray(given)[part], np.int64)}
 
 
 def _images(manifest: Manifest) -> Ports:
