@@ -2,8 +2,9 @@
 
 A device's change of a weight is scale * B A. The mean of products is not the product of means: mean(B) mean(A) holds
 terms B_i A_j of different devices, and lacks most of the B_i A_i. The mean of the products is itself a product, of the
-factors side by side, [w_1 B_1, ..., w_n B_n] [A_1; ...; A_n]; its best approximation of a rank follows from the singular
-values of a small matrix between two QR factorisations (Eckart and Young 1936). Where A never trains, mean(B) A is it.
+factors side by side, [w_1 B_1, ..., w_n B_n] [A_1; ...; A_n]; its best approximation of a rank follows from the
+singular values of a small matrix between two QR factorisations (Eckart and Young 1936). Where A never trains, mean(B) A
+is the mean.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ def _paired(
 def _truncated(a: Doubles, b: Doubles, old: Doubles) -> tuple[Doubles, Doubles, float, float]:
     """(a, b, squared norm of the product, squared norm of what is lost) with the rank that ``old`` has.
 
-    All of the size is in ``b``: rows of ``a`` are orthogonal and as long as those of ``old`` in the mean. So a direction
-    that no device used keeps a row of ``a`` to grow from; with equal shares both would be zero and could never train.
+    All of the size is in ``b``: rows of ``a`` are orthogonal and as long as those of ``old`` in the mean. So a
+    direction that no device used keeps a row of ``a`` to grow from; shared out evenly, both would be zero for good.
     """
     rank = len(old)
     q_b, r_b = np.linalg.qr(b)
@@ -148,8 +149,8 @@ def _moved(pair: Pair, state: State, before: State) -> float:
     (a, b), (old_a, old_b) = pair.blocks(state), pair.blocks(before)
     squares = 0.0
     for p in range(pair.pairs):
-        r_b = np.linalg.qr(np.hstack([pair.scale_in(state) * b[p], -pair.scale_in(before) * old_b[p]]), mode="r")
-        r_a = np.linalg.qr(np.vstack([a[p], old_a[p]]).T, mode="r")
+        _, r_b = np.linalg.qr(np.hstack([pair.scale_in(state) * b[p], -pair.scale_in(before) * old_b[p]]))
+        _, r_a = np.linalg.qr(np.vstack([a[p], old_a[p]]).T)
         squares += float(np.sum((r_b @ r_a.T) ** 2))
     return squares
 

@@ -17,13 +17,14 @@ MOST_SHARE = 10  # a client counts at most as so many times the median number of
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a client sent: ``tensors`` as they came, and what it says of them."""
+    """What a client sent: ``tensors`` as they came, ``nbytes`` of them, and what it says of them."""
 
     client: str
     tensors: State
     artifact: str
     samples: float
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    nbytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,6 @@ def client_app() -> ClientApp:
     Raises EngineError if Flower is missing.
     """
     require_flower()
-    from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
     app = ClientApp()
@@ -95,11 +94,11 @@ def _order(content: RecordDict) -> Order:
 
 
 def _train(device: Device, content: RecordDict, order: Order) -> RecordDict:
-    from flwr.app import MetricRecord, RecordDict
+    from flwr.app import RecordDict
 
     done = device.train(tensors_in(content), order)
-    records = {ARRAYS: array_record(done.tensors), METRICS: MetricRecord(_figures(done))}
-    return RecordDict({**records, CONFIG: _sender(device)})
+    answer = {ARRAYS: array_record(done.tensors), METRICS: _metrics(_figures(done)), CONFIG: _sender(device)}
+    return RecordDict(answer)
 
 
 def _figures(done: Trained) -> dict[str, int | float]:
@@ -109,7 +108,7 @@ def _figures(done: Trained) -> dict[str, int | float]:
 
 def _evaluate(device: Device, content: RecordDict, order: Order) -> RecordDict:
     """Evaluate what came; where the server says that it is the last, keep it and fuse it too."""
-    from flwr.app import MetricRecord, RecordDict
+    from flwr.app import RecordDict
 
     tensors, held = tensors_in(content), len(device.held_out)
     figures: dict[str, int | float] = {SAMPLES: held or len(device.training)}
@@ -119,12 +118,18 @@ def _evaluate(device: Device, content: RecordDict, order: Order) -> RecordDict:
         base = device.base()
         figures |= {} if base is None else {f"base-{name}": value for name, value in _evaluated(base).items()}
         device.adopt(tensors, order)
-    return RecordDict({METRICS: MetricRecord(figures), CONFIG: _sender(device)})
+    return RecordDict({METRICS: _metrics(figures), CONFIG: _sender(device)})
 
 
 def _evaluated(found: Evaluation) -> dict[str, int | float]:
     accuracy = {} if found.accuracy is None else {"accuracy": found.accuracy}
     return {"held-out-loss": found.loss, **accuracy}
+
+
+def _metrics(figures: Mapping[str, int | float]) -> Any:
+    from flwr.app import MetricRecord
+
+    return MetricRecord(dict(figures))
 
 
 def _sender(device: Device) -> Any:
