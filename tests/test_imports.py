@@ -19,7 +19,7 @@ PACKAGES = {
 }
 ROOMS = tuple(PACKAGES)  # each may import itself and those before it
 RUNTIME_NEEDS = {"numpy", "safetensors"}
-RUNTIME_LAZY = {"PIL", "cryptography", "onnxruntime"}  # only inside of functions
+RUNTIME_LAZY = {"PIL", "cryptography", "flwr", "onnxruntime"}  # only inside of functions
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorflow", "h5py", "sympy")
 HEAVY += ("tflite", "flatbuffers", "ai_edge_litert", "tflite_runtime")
 TORCH_MODULE = "lorac_exporters.torch_graph"

@@ -35,7 +35,8 @@ OnRound = Callable[[ServerState, Outcome], None]
 @dataclasses.dataclass(frozen=True)
 class FleetConfig:
     """How a fleet runs. A round waits ``timeout`` seconds for answers, and needs ``min_clients`` that count; one that
-    has fewer is tried again, ``patience`` times in a row. ``wait`` seconds are given to clients to connect.
+    has fewer is tried again, ``patience`` times in a row. ``wait`` seconds are given to clients to connect: as many as
+    a round needs, and before the first one ``connect``, if that is given.
     """
 
     rounds: int = 10
@@ -44,6 +45,7 @@ class FleetConfig:
     timeout: float = 600.0
     wait: float = 600.0
     patience: int = 3
+    connect: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rounds", "min_clients", "patience"):
@@ -90,6 +92,8 @@ def run_rounds(
         tensors = adapter_of(out, state, strategy.manifest) or strategy.start_state
         if state.done:
             log.info("going on after round %d", state.done)
+        if state.done < config.rounds:
+            await_clients(grid, config.connect or config.min_clients, config.wait)
         while state.done < config.rounds:
             outcome, tensors = _round(strategy, grid, tensors, state.done + 1, config)
             state = write_state(out, state, _recorded(outcome), tensors, strategy.metadata)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lorac_deploy.fleet.local_grid import App, LocalGrid
-from lorac_deploy.fleet.rounds import FleetConfig, Learned, run_rounds
+from lorac_deploy.fleet.rounds import FleetConfig, Learned, OnRound, run_rounds
 from lorac_deploy.fleet.server_state import ServerState
 from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules, Outcome
 from lorac_runtime.errors import DataError, listed
 from lorac_runtime.files import atomic_write
 from lorac_runtime.fleet.client import client_app
 from lorac_runtime.fleet.device import Device, Order, Place, open_device
+from lorac_runtime.fleet.join import node_config
 from lorac_runtime.fleet.payload import to_wire
 from lorac_runtime.manifest import BASE
 from lorac_runtime.training import Evaluation
@@ -104,6 +105,7 @@ def simulate(
     workers: int = 2,
     app: App | None = None,
     on_progress: OnProgress | None = None,
+    on_round: OnRound | None = None,
 ) -> FleetReport:
     """Run a fleet of ``clients`` in this process and compare it with each of them alone; ``out``/fleet.json has all.
 
@@ -116,30 +118,18 @@ def simulate(
     devices = {name: open_device(place) for name, place in places.items()}
     nodes = [node_config(place) for place in places.values()]
 
-    def on_round(state: ServerState, outcome: Outcome) -> None:
+    def counted(state: ServerState, outcome: Outcome) -> None:
         told(_line(outcome), state.done, config.rounds)
+        if on_round is not None:
+            on_round(state, outcome)
 
     told("rounds", 0, config.rounds)
     with LocalGrid(app or client_app(), nodes, workers=workers) as grid:
-        learned = run_rounds(grid, rules, out, config, on_round=on_round)
+        learned = run_rounds(grid, rules, out, config, on_round=counted)
     results = _compared(rules, devices, learned, config, told)
     report = _report(rules, results, learned)
     atomic_write(out / REPORT, report.to_json().encode())
     return report
-
-
-def node_config(place: Place) -> dict[str, str | int | float]:
-    """A place as the configuration of a Flower node; `lorac_runtime.fleet.client.place_of` reads it."""
-    found: dict[str, str | int | float] = {
-        "artifact": str(place.artifact),
-        "data": str(place.data),
-        "out": str(place.out),
-        "val-fraction": place.val_fraction,
-        "engine": place.engine,
-        "name": place.name,
-    }
-    found |= {} if place.test is None else {"test": str(place.test)}
-    return found | ({} if place.threads is None else {"threads": place.threads})
 
 
 def local_only(device: Device, strategy: AdapterFedAvg, epochs: int) -> Evaluation | None:
