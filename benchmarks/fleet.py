@@ -40,6 +40,7 @@ DRIFTS = (
     ("contrast", 5), ("elastic_transform", 5), ("pixelate", 5), ("speckle_noise", 5), ("gaussian_blur", 5),
     ("spatter", 5), ("invert", 3), ("darken", 4), ("low_light", 3), ("fog_noise", 3),
 )  # fmt: skip
+TESTED = 100  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ WAYS = (
 
 
 def write_clients(folder: Path, pool: Dataset, seed: int, images: int, classes: int, clients: int) -> None:
-    """A folder per client: ``images`` own images of ``classes`` classes, and all that are left over for its test."""
+    """A folder per client: ``images`` own images of ``classes`` classes, and `TESTED` of those left for its test."""
     rng = np.random.default_rng(seed)
     free = list(rng.permutation(len(pool)))
     chosen: list[list[int]] = []
@@ -73,7 +74,7 @@ def write_clients(folder: Path, pool: Dataset, seed: int, images: int, classes: 
         drift, severity = DRIFTS[number % len(DRIFTS)]
         home = folder / f"{number:02d}-{drift}"
         home.mkdir(parents=True)
-        for name, index in ((LOCAL, mine), (TEST, free)):
+        for name, index in ((LOCAL, mine), (TEST, list(rng.permutation(free)[:TESTED]))):
             part = pool.select(np.array(index))
             seen = corrupt(part.images, drift, severity, seed=seed)
             np.savez(home / name, images=seen, labels=part.labels)
@@ -170,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     done = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
     settings = {name: getattr(args, name) for name in ("clients", "images", "classes", "rounds", "epochs")}
+    settings["tested"] = TESTED
     for seed in args.seeds:
         for way in (WAYS[i] for i in args.ways):
             if any(r["way"] == way.name and r["seed"] == seed for r in done):
