@@ -117,7 +117,9 @@ def run(way: Way, seed: int, args: argparse.Namespace, work: Path) -> Row:
     export_training_artifact(args.base, artifact, config=config)
     pool = load_dataset("digits", split="test")
     write_clients(data, pool, seed, args.images, args.classes, args.clients)
-    rules = FleetRules(artifact, epochs=args.epochs, seed=seed, personal=way.personal, numbers=way.numbers)
+    rules = FleetRules(
+        artifact, args.epochs, args.lr, args.batch_size, seed, personal=way.personal, numbers=way.numbers
+    )
     manifest, start = load(artifact), load_adapter(artifact / ADAPTER).tensors
     apart: list[float] = []
 
@@ -163,6 +165,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--classes", type=int, default=4, help="classes among them (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=10, help="rounds (default: %(default)s)")
     p.add_argument("--epochs", type=int, default=4, help="epochs of a client in a round (default: %(default)s)")
+    p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of a client (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=4, help="of a client (default: %(default)s)")
     return p
 
 
@@ -170,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for and write it after each fleet."""
     args = parser().parse_args(argv)
     done = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-    settings = {name: getattr(args, name) for name in ("clients", "images", "classes", "rounds", "epochs")}
+    fields = ("clients", "images", "classes", "rounds", "epochs", "lr", "batch_size")
+    settings = {name: getattr(args, name) for name in fields}
     settings["tested"] = TESTED
     for seed in args.seeds:
         for way in (WAYS[i] for i in args.ways):

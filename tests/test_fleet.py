@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 
-from lorac_deploy.commands.federate import main
+from lorac_deploy.commands.federate import main, parser
 from lorac_deploy.fleet.averaging import averaged
 from lorac_deploy.fleet.local_grid import LocalGrid
 from lorac_deploy.fleet.rounds import FleetConfig, Learned, run_rounds
@@ -23,6 +25,7 @@ from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
 from lorac_runtime.adapter import load_adapter
 from lorac_runtime.errors import BusyError, CheckpointError, DataError, FleetError
 from lorac_runtime.files import locked
+from lorac_runtime.fleet import join
 from lorac_runtime.fleet.client import client_app
 from lorac_runtime.fleet.device import Order, Place, open_device
 from lorac_runtime.fleet.join import node_config
@@ -267,6 +270,32 @@ def test_the_command_prints_each_client_and_what_travels(
     assert "cam2" not in printed
     assert "of sending the model" in printed
     assert (tmp_path / "fleet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def documented(root: Path) -> list[list[str]]:
+    """The commands of docs/fleet.md, word by word."""
+    page = (root / "docs" / "fleet.md").read_text(encoding="utf-8")
+    text = "".join(re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines()]
+
+
+def test_the_documented_commands_are_right_and_the_simulation_runs_as_written(
+    home: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "artifact").symlink_to(home / "artifact")
+    (tmp_path / "clients").symlink_to(home / "clients")
+    monkeypatch.chdir(tmp_path)
+    simulated, served, joined = documented(root)
+    assert (simulated[:2], served[:2], joined[0]) == (
+        ["lorac-deploy", "federate"],
+        ["lorac-deploy", "federate"],
+        "lorac-join",
+    )
+    assert main(simulated[2:]) == 0
+    assert "federated %" in capsys.readouterr().out
+    assert (tmp_path / "fleet.png").is_file()
+    assert parser().parse_args(served[2:]).clients == 5
+    assert join.parser().parse_args(joined[1:]).server == "cloud.example.org:9092"
 
 
 @pytest.mark.parametrize(

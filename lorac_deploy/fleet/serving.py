@@ -19,7 +19,7 @@ from lorac_deploy.fleet.rounds import FleetConfig
 from lorac_deploy.fleet.server_state import FILE_NAME
 from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
 from lorac_runtime.errors import FleetError
-from lorac_runtime.files import output_folder
+from lorac_runtime.files import locked, output_folder
 
 LOG = "superlink.log"
 LOCAL = "127.0.0.1"
@@ -58,14 +58,14 @@ def serve(
     The first round waits for ``connect`` devices (None: for as many as a round needs).
 
     Raises FleetError in the server's words if the fleet failed, or if Flower's processes did; what was learned so far
-    stays in ``out``, and the same call goes on.
+    stays in ``out``, and the same call goes on. BusyError if another command does this in ``out``.
     """
     AdapterFedAvg(rules, min_train_nodes=config.min_clients)  # the artifact is checked before anything is started
-    app = write_app(output_folder(out), rules, dataclasses.replace(config, connect=connect))
-    (out / OUTCOME).unlink(missing_ok=True)
     control = _free_port()
-    _write_home(out, control, listening)
-    with _superlink(out, listening, control) as link:
+    with locked(output_folder(out / HOME)), _superlink(out, listening, control) as link:
+        app = write_app(out, rules, dataclasses.replace(config, connect=connect))
+        (out / OUTCOME).unlink(missing_ok=True)
+        _write_home(out, control, listening)
         _await(lambda: _listens(control), link, out, STARTS)
         _submit(app, out)
         return _outcome(out, config, link, on_progress)
@@ -122,10 +122,9 @@ def _tls(listening: Listening) -> list[str]:
 
 def _write_home(out: Path, control: int, listening: Listening) -> None:
     """Flower's configuration, in ``out`` instead of the user's own."""
-    home = output_folder(out / HOME)
     tls = "insecure = true" if listening.authority is None else f'root-certificates = "{listening.authority.resolve()}"'
     text = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{LOCAL}:{control}"\n{tls}\n'
-    (home / "config.toml").write_text(text, encoding="utf-8")
+    (out / HOME / "config.toml").write_text(text, encoding="utf-8")
 
 
 def _environment(out: Path) -> dict[str, str]:

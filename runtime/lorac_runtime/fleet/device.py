@@ -21,7 +21,7 @@ from lorac_runtime.job import start_of
 from lorac_runtime.manifest import ADAPTER, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import check_place
 from lorac_runtime.report import FusedFile
-from lorac_runtime.training import Evaluation, History, Samples, diverged, evaluate, exploded, train_epoch
+from lorac_runtime.training import Evaluation, History, Samples, evaluate, exploded, train_epoch
 
 PERSONAL_FILE = "personal.safetensors"
 SEEDS = 1_000_003  # rounds have orders of samples of their own
@@ -205,4 +205,7 @@ def _read(path: Path, manifest: Manifest) -> LocalData:
 def _require_sound(state: Tensors, history: History, settings: Settings, classes: int) -> None:
     wrong = [name for name, value in state.items() if not np.isfinite(value).all()]
     if wrong or exploded(history, classes) or not math.isfinite(history.epoch_losses[-1]):
-        raise DivergenceError(diverged(f"the loss ended at {history.epoch_losses[-1]:.3g}", settings))
+        raise DivergenceError(
+            f"training diverged at a peak learning rate of {settings.lr:g} (the loss ended at "
+            f"{history.epoch_losses[-1]:.3g}): the fleet needs a lower --lr"
+        )
