@@ -42,7 +42,7 @@ def spread(values: Sequence[float]) -> str:
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each way: accuracies over seeds, gains, what travels, and errors of averaging."""
     lines = [
-        "| | seeds | before % | alone % | federated % | gain over before | over alone | bytes per round, of the model's "
+        "| | seeds | before % | alone % | federated % | gain over before | over alone | bytes of a client and round "
         "| error of the mean kept by factors | of A and B averaged apart |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
