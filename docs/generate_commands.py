@@ -24,12 +24,14 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     from lorac_runtime.cli import parser as finetune
     from lorac_runtime.cli_state import STATE_COMMANDS, state_parser
     from lorac_runtime.domains_cli import parsers as domains
+    from lorac_runtime.fleet.join import parser as join
 
     found = {"python runtime/ort_finetune.py (or lorac-finetune)": finetune()}
     for action in STATE_COMMANDS:
         found[f"python runtime/ort_finetune.py {action} (or lorac-finetune {action})"] = state_parser(action)
     for action, its in domains().items():
         found[f"python runtime/ort_domains.py STORE {action} (or lorac-domains STORE {action})"] = its
+    found["lorac-join"] = join()
     for name, command in COMMANDS.items():
         module = importlib.import_module(command.module)
         own: argparse.ArgumentParser = module.parser()

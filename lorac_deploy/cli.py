@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("lorac_deploy.commands.plan", "say what a device with little memory can train"),
     "advise": Command("lorac_deploy.commands.advise", "choose method and block for the drift in local data"),
     "study": Command("lorac_deploy.commands.study", "compare methods over drifts, sizes and seeds"),
+    "federate": Command("lorac_deploy.commands.federate", "train one adapter on many devices, simulated or real"),
     "verify": Command("lorac_deploy.commands.verify", "check that a fused file is a drop-in for its base"),
     "bench": Command("lorac_deploy.commands.bench", "measure whether a fused file is as fast as its base, here"),
     "certify": Command(

@@ -19,7 +19,7 @@ PACKAGES = {
 }
 ROOMS = tuple(PACKAGES)  # each may import itself and those before it
 RUNTIME_NEEDS = {"numpy", "safetensors"}
-RUNTIME_LAZY = {"PIL", "cryptography", "onnxruntime"}  # only inside of functions
+RUNTIME_LAZY = {"PIL", "cryptography", "flwr", "onnxruntime"}  # only inside of functions
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorflow", "h5py", "sympy")
 HEAVY += ("tflite", "flatbuffers", "ai_edge_litert", "tflite_runtime")
 TORCH_MODULE = "lorac_exporters.torch_graph"
@@ -54,8 +54,13 @@ def _walk(module: str, node: ast.AST, lazy: bool, known: dict[str, str]) -> Iter
         elif isinstance(child, ast.ImportFrom):
             yield from (Import(module, target, lazy) for target in _targets(module, child, known))
         else:
-            inner = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            inner = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _for_types(child)
             yield from _walk(module, child, inner, known)
+
+
+def _for_types(node: ast.AST) -> bool:
+    """Whether this is ``if TYPE_CHECKING:``, which never runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _targets(module: str, node: ast.ImportFrom, known: dict[str, str]) -> list[str]:
@@ -218,6 +223,7 @@ def test_allowed_imports_raise_no_alarm() -> None:
     sources = {
         "lorac_runtime.patch": "import json, numpy as np\nfrom lorac_runtime.delta import delta",
         "lorac_runtime.data": "def f():\n    from PIL import Image",
+        "lorac_runtime.fleet": "if TYPE_CHECKING:\n    from flwr.app import Message",
         "lorac_exporters.torch_graph": "import torch\nimport onnx_ir as ir",
         "lorac_deploy._torchvision": "import torchvision",
         "lorac_exporters.tflite.schema_read": "import flatbuffers, tflite",

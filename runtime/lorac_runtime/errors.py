@@ -15,6 +15,7 @@ Caller mistakes (a wrong argument) are ``TypeError`` or ``ValueError``. Everythi
     ├── StoreError         a store of domains is missing or damaged, or lacks the domain
     ├── StateError         a state folder is missing or damaged, or has no such generation
     ├── BusyError          another process works in the output folder
+    ├── FleetError         a fleet cannot go on: too few clients, or too few answers that count
     ├── LimitError         a run does not fit into the memory that it may use
     └── StoppedError       a run stopped at a checkpoint, because its time was up
 """
@@ -70,6 +71,10 @@ class StateError(LoracDeployError):
 
 class BusyError(LoracDeployError):
     """Another process works in the output folder."""
+
+
+class FleetError(LoracDeployError):
+    """A fleet cannot go on: too few clients, or too few answers that count."""
 
 
 class LimitError(LoracDeployError):
