@@ -14,6 +14,9 @@ from shared_export import export_graph
 
 RUN_ELSEWHERE = {
     "browser.md": "test_web_page.py",
+    "fleet.md": "test_fleet.py",
+    "models.md": "test_timm_nets.py",
+    "tasks.md": "test_tasks_page.py",
     "tutorial.md": "test_tutorial.py",
 }  # by page: the file of tests that runs its blocks
 OTHER_PROGRAMS = {"pip", "python3", "python3.11", "source", "sudo", "uname", "scp", "journalctl"}

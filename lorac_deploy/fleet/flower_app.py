@@ -18,7 +18,7 @@ from lorac_deploy.fleet.strategy import FleetRules
 from lorac_runtime.errors import LoracDeployError
 from lorac_runtime.files import atomic_write, output_folder
 from lorac_runtime.fleet.messages import require_flower
-from lorac_runtime.report import package_version
+from lorac_runtime.version import __version__
 
 require_flower()
 from flwr.app import Context  # noqa: E402
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 def write_app(out: Path, rules: FleetRules, config: FleetConfig) -> Path:
     """The app's folder below ``out``, and the settings that its server reads. Raises OutputError."""
     app = output_folder(out / APP / "lorac_fleet").parent
-    atomic_write(app / "pyproject.toml", PROJECT.format(version=package_version()).encode())
+    atomic_write(app / "pyproject.toml", PROJECT.format(version=__version__).encode())
     for name, text in MODULES.items():
         atomic_write(app / "lorac_fleet" / name, text.encode())
     rules = dataclasses.replace(rules, artifact=rules.artifact.resolve())
