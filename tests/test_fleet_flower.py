@@ -19,9 +19,11 @@ import pytest
 from lorac_deploy.fleet.averaging import averaged
 from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
 from lorac_runtime.adapter import load_adapter
+from lorac_runtime.errors import EngineError
 from lorac_runtime.fleet import join
 from lorac_runtime.fleet.client import place_of
 from lorac_runtime.fleet.device import Order, Place, open_device
+from lorac_runtime.fleet.leash import leashed
 
 PROGRAMS = Path(sys.executable).parent
 SECONDS = 240
@@ -95,16 +97,31 @@ def test_two_devices_join_a_server_and_learn_what_the_formula_says(tmp_path: Pat
 def test_what_is_on_the_leash_ends_with_whoever_holds_it(tmp_path: Path) -> None:
     port = free_port()
     code = f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); time.sleep(600)"
-    command = [sys.executable, "-m", "lorac_deploy.fleet.leash", sys.executable, "-c", code]
-    held = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    try:
+    with leashed([sys.executable, "-c", code], os.environ):
         deadline = time.monotonic() + 60
         while not listens(port) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert listens(port)
-    finally:
-        held.communicate()
     assert not listens(port)
+
+
+def test_a_device_gives_up_if_its_node_never_worked() -> None:
+    with pytest.raises(EngineError, match="ended 3 times right after its start"):
+        join.stay([sys.executable, "-c", ""], brief=float("inf"), pause=0.0)
+
+
+def test_a_device_joins_again_whenever_its_node_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == join.ATTEMPTS + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(join.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        join.stay([sys.executable, "-c", ""], brief=0.0, pause=7.0)
+    assert pauses == [7.0] * (join.ATTEMPTS + 1)
 
 
 def test_a_place_survives_the_way_through_flowers_command_line(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lorac_deploy.fleet.server_state import FILE_NAME
 from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
 from lorac_runtime.errors import FleetError
 from lorac_runtime.files import locked, output_folder
+from lorac_runtime.fleet.leash import leashed
 
 LOG = "superlink.log"
 LOCAL = "127.0.0.1"
@@ -100,19 +101,12 @@ def _submit(app: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _superlink(out: Path, listening: Listening, control: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Flower's server, which ends with the block, and with this process however that ends (`leash`)."""
-    command = [sys.executable, "-m", "lorac_deploy.fleet.leash", _program("flower-superlink")]
-    command += ["--disable-runtime-dependency-installation", "--fleet-api-address", listening.address]
-    command += ["--host", LOCAL, "--port", str(control)]
+    """Flower's server, which ends with the block."""
+    command = [_program("flower-superlink"), "--disable-runtime-dependency-installation"]
+    command += ["--fleet-api-address", listening.address, "--host", LOCAL, "--port", str(control)]
     command += ["--insecure"] if listening.certificate is None else _tls(listening)
-    with (out / LOG).open("ab") as log:
-        link = subprocess.Popen(
-            command, env=_environment(out), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
+    with (out / LOG).open("ab") as log, leashed(command, _environment(out), log) as link:
         yield link
-    finally:
-        link.communicate()  # closes its end of the pipe
 
 
 def _tls(listening: Listening) -> list[str]:

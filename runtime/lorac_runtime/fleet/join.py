@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lorac_runtime.config import ENGINES
 from lorac_runtime.engines import AUTO
 from lorac_runtime.errors import EngineError, LoracDeployError
 from lorac_runtime.fleet.device import Place, open_device
+from lorac_runtime.fleet.leash import leashed
 from lorac_runtime.fleet.messages import require_flower
 from lorac_runtime.trust import require_signed
 
@@ -26,6 +28,7 @@ DESCRIPTION = (
     "again, it goes on."
 )
 INTERRUPTED = 130
+ATTEMPTS, BRIEF, PAUSE = 3, 10.0, 3.0  # tries in a row; what is right after the start, and between two, in seconds
 LOCAL = "127.0.0.1"
 
 
@@ -59,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong command line, 130 interrupted."""
+    """Run the command until it is ended; returns the exit status: 1 failed, 2 wrong command line, 130 ended."""
     p = parser()
     args = p.parse_args(argv)
     if args.insecure and args.root_certificates is not None:
@@ -74,13 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_signed(args.artifact, args.trust)
         device = open_device(place)
         print(f"{len(device.training)} samples to train on, {len(device.held_out)} held out", file=sys.stderr)
-        return _become(node_command(args, place))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a service manager, its SuperNode ends too
+        stay(node_command(args, place))
     except LoracDeployError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ended; the same command joins again", file=sys.stderr)
-        return INTERRUPTED
+    return INTERRUPTED
 
 
 def node_command(args: argparse.Namespace, place: Place) -> list[str]:
@@ -124,13 +128,20 @@ def node_config(place: Place) -> dict[str, str | int | float]:
     return found | ({} if place.threads is None else {"threads": place.threads})
 
 
-def _become(command: list[str]) -> int:
-    """Go on as the command: signals to this process are then its own. Elsewhere than on POSIX: run it and wait."""
-    environment = _environment()
-    if os.name == "posix":
-        sys.stderr.flush()
-        os.execve(command[0], command, environment)
-    return subprocess.run(command, check=False, env=environment).returncode
+def stay(command: list[str], *, brief: float = BRIEF, pause: float = PAUSE) -> None:
+    """Run Flower's SuperNode, and another one whenever it ends, as it does when the server was started anew.
+
+    Raises EngineError if it ends `ATTEMPTS` times in a row within ``brief`` seconds: then it never worked.
+    """
+    early = 0
+    while early < ATTEMPTS:
+        started = time.monotonic()
+        with leashed(command, _environment()) as node:
+            status = node.wait()
+        early = early + 1 if time.monotonic() - started < brief else 0
+        print(f"Flower's SuperNode ended (status {status}); joining again", file=sys.stderr)
+        time.sleep(pause)
+    raise EngineError(f"Flower's SuperNode ended {ATTEMPTS} times right after its start; its own words stand above")
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""``python -m lorac_deploy.fleet.leash COMMAND...``: run a command that ends when whoever started it does.
+"""``python -m lorac_runtime.fleet.leash COMMAND...``: run a command that ends when whoever started it does.
 
 Its standard input is a pipe that the starter holds open. However the starter ends, killed too, the pipe closes, and the
 command is ended with everything that it started.
@@ -6,13 +6,35 @@ command is ended with everything that it started.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 STOPS = 10.0  # seconds between asking and killing
+
+
+@contextlib.contextmanager
+def leashed(
+    command: list[str], environment: Mapping[str, str], log: BinaryIO | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that ends with the block, and with this process however that ends; its words go to ``log``."""
+    held = subprocess.Popen(
+        [sys.executable, "-m", "lorac_runtime.fleet.leash", *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        yield held
+    finally:
+        held.communicate()  # closes this end of the pipe, and waits
 
 
 def main(command: list[str]) -> int:
