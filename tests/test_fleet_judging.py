@@ -8,12 +8,16 @@ from typing import Any
 import fleet_cases
 import numpy as np
 import pytest
+import task_networks
 
 from lorac_deploy.fleet.judging import MOST_SHARE, Answer, Judge
+from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
+from lorac_exporters.task_config import TaskConfig
 from lorac_runtime.errors import AdapterError, ArtifactError
+from lorac_runtime.fleet.device import Place, open_device
 from lorac_runtime.fleet.payload import payload_of, to_wire
 from lorac_runtime.job import start_of
-from lorac_runtime.manifest import Manifest, load
+from lorac_runtime.manifest import Manifest, TrainingDefaults, load
 
 HASH = "a" * 64
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -125,6 +129,16 @@ def test_a_personal_head_does_not_travel_and_is_refused_if_it_does(judge: Judge)
 def test_moving_statistics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="--bn frozen"):
         payload_of(manifest_of(tmp_path, bn_policy="batch"))
+
+
+def test_other_tasks_than_classification_are_refused_by_both_sides(tmp_path: Path) -> None:
+    task, training = TaskConfig("segmentation"), TrainingDefaults()
+    artifact = tmp_path / "artifact"
+    task_networks.export(artifact, task_networks.unet(), task, training, classes=task_networks.CLASSES)
+    with pytest.raises(ArtifactError, match="the task is segmentation"):
+        open_device(Place(artifact, tmp_path / "local.npz", tmp_path / "out"))
+    with pytest.raises(ArtifactError, match="the task is segmentation"):
+        AdapterFedAvg(FleetRules(artifact))
 
 
 def test_a_head_that_does_not_train_cannot_be_personal(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lorac_deploy import cli
 from lorac_deploy.commands import export_training_artifact
 from lorac_runtime import cli as device_cli
 from lorac_runtime import domains_cli, report
+from lorac_runtime.fleet import join
 from lorac_runtime.version import __version__
 
 SAYS = {
@@ -22,6 +23,7 @@ SAYS = {
     "export-training-artifact": (export_training_artifact.main, "lorac-deploy"),
     "lorac-finetune": (device_cli.main, "lorac-runtime"),
     "lorac-domains": (domains_cli.main, "lorac-runtime"),
+    "lorac-join": (join.main, "lorac-runtime"),
 }
 
 

@@ -20,6 +20,7 @@ from lorac_deploy.web import engine_files
 from lorac_deploy.web.site import unsupported, write_site
 from lorac_runtime import manifest as mf
 from lorac_runtime.errors import ArtifactError, EngineError, OutputError
+from lorac_runtime.tasks import Task
 
 CONTENT = {name: f"content of {name}".encode() for name in engine_files.FILES}
 
@@ -95,6 +96,7 @@ def test_what_a_page_cannot_do_is_named(artifact: Path) -> None:
         ({"input": wide}, "5 channels"),
         ({"trainables": (), "method": "recalibrate"}, "nothing trains (method recalibrate)"),
         ({"bn_policy": "batch"}, "policy is batch"),
+        ({"task": Task("regression", (), ())}, "its task is regression"),
         ({"coordinates": "unfolded", "method": "bn"}, "method bn trains batch normalisations"),
         ({"training": entropy}, "the loss entropy is for images without labels"),
     ]

@@ -34,6 +34,7 @@ from lorac_runtime.fleet.messages import (
 from lorac_runtime.fleet.payload import Given, Tensors, from_wire, payload_of, to_wire
 from lorac_runtime.job import start_of
 from lorac_runtime.manifest import FILE_NAME, load, sha256
+from lorac_runtime.tasks import require_classifier
 
 require_flower()
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict  # noqa: E402
@@ -93,6 +94,9 @@ class AdapterFedAvg(Strategy):
             raise ValueError(f"min_train_nodes {min_train_nodes} and fraction_train {fraction_train}: out of range")
         self.rules, self.least, self.fraction, self.first_round = rules, min_train_nodes, fraction_train, first_round
         self.manifest = load(rules.artifact)
+        require_classifier(
+            rules.artifact, self.manifest.task, "a fleet compares accuracies", "use `lorac-finetune` on each device"
+        )
         self.digest = sha256(rules.artifact / FILE_NAME)
         self.payload = payload_of(self.manifest, personal=rules.personal, numbers=rules.numbers)
         self.start_state, self.metadata = start_of(rules.artifact, self.manifest)

@@ -46,6 +46,8 @@ def unsupported(manifest: mf.Manifest) -> list[str]:
         problems.append(f"it takes signals of shape {manifest.input.shape}; the page has images only")
     elif manifest.input.channels not in CHANNELS:
         problems.append(f"its images have {manifest.input.channels} channels; browsers have 1, 3 or 4")
+    if manifest.task is not None:
+        problems.append(f"its task is {manifest.task.kind}; the page labels images with classes")
     if not manifest.trainables:
         problems.append(f"nothing trains (method {manifest.method})")
     if manifest.bn_policy != "frozen":

@@ -21,6 +21,7 @@ from lorac_runtime.job import start_of
 from lorac_runtime.manifest import ADAPTER, FILE_NAME, Manifest, load, sha256, verify_files
 from lorac_runtime.outputs import check_place
 from lorac_runtime.report import FusedFile
+from lorac_runtime.tasks import require_classifier
 from lorac_runtime.training import Evaluation, History, Samples, evaluate, exploded, train_epoch
 
 PERSONAL_FILE = "personal.safetensors"
@@ -182,6 +183,9 @@ def open_device(place: Place) -> Device:
     Raises ArtifactError, DataError, AdapterError, OutputError.
     """
     manifest = load(place.artifact)
+    require_classifier(
+        place.artifact, manifest.task, "a fleet compares accuracies", "use `lorac-finetune` on each device"
+    )
     check_place(place.artifact, place.out, place.data)
     output_folder(place.out)
     verify_files(place.artifact, manifest)

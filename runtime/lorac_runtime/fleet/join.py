@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorac_runtime.cli_parts import add_version
 from lorac_runtime.config import ENGINES
 from lorac_runtime.engines import AUTO
 from lorac_runtime.errors import EngineError, LoracDeployError
@@ -35,6 +36,7 @@ LOCAL = "127.0.0.1"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog=PROG, description=DESCRIPTION)
+    add_version(p)
     p.add_argument("artifact", type=Path, help="folder that export-training-artifact wrote: the same as the server's")
     p.add_argument("--server", required=True, metavar="HOST:PORT", help="where lorac-deploy federate --server listens")
     p.add_argument("--data", type=Path, required=True, help="local data, as lorac-finetune takes them")
