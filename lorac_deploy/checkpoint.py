@@ -23,7 +23,7 @@ from lorac_runtime.files import output_folder, staged
 from lorac_runtime.manifest import InputSpec, sha256
 from lorac_runtime.manifest_checks import input_problems
 from lorac_runtime.schema import decode
-from lorac_runtime.tasks import REGRESSION
+from lorac_runtime.tasks import CLASSIFICATION, REGRESSION
 
 FORMAT = "lorac-checkpoint"
 VERSION = 1
@@ -92,7 +92,12 @@ def save_checkpoint(
 
 
 def task_of(folder: Path) -> str:
-    """What the network in a folder was trained for. Raises CheckpointError as `load_checkpoint` does."""
+    """What the network in a folder was trained for; classification where there is none, which loading it will say.
+
+    Raises CheckpointError for a description that cannot be read.
+    """
+    if not (folder / CONFIG).is_file():
+        return CLASSIFICATION
     return _read_config(folder / CONFIG).model.task
 
 

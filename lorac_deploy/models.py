@@ -63,17 +63,17 @@ class ModelSpec:
             raise ValueError(
                 f"{self.name} needs at least one class and one input channel, got {self.classes} and {self.channels}"
             )
-        if self.task not in (CLASSIFICATION, SEGMENTATION, REGRESSION):
-            raise ValueError(f"task {self.task!r} is not one of {CLASSIFICATION}, {SEGMENTATION}, {REGRESSION}")
-        if known.dense != (self.task == SEGMENTATION):
-            able = ", ".join(name for name, found in MODELS.items() if found.dense == (self.task == SEGMENTATION))
-            raise ValueError(f"{self.name} is no network for {self.task}; choose one of {able}")
         if self.cifar_stem and known.small_stem is None:
             able = ", ".join(name for name, architecture in MODELS.items() if architecture.small_stem)
             raise ValueError(
                 f"{self.name} has no CIFAR stem to swap in ({known.why_no_small_stem}); "
                 f"leave the option away, or choose one of {able}"
             )
+        if self.task not in (CLASSIFICATION, SEGMENTATION, REGRESSION):
+            raise ValueError(f"task {self.task!r} is not one of {CLASSIFICATION}, {SEGMENTATION}, {REGRESSION}")
+        if known.dense != (self.task == SEGMENTATION):
+            able = ", ".join(name for name, found in MODELS.items() if found.dense == (self.task == SEGMENTATION))
+            raise ValueError(f"{self.name} is no network for {self.task}; choose one of {able}")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def require_labels(images: Array, labels: Array, task: str, classes: int) -> Non
         return
     wanted = images.shape[:1] if task == CLASSIFICATION else images.shape[:3]
     if labels.dtype != np.int64 or labels.shape != wanted:
-        raise DataError(f"{len(images)} images or samples need int64 labels of shape {wanted}, got {found}")
+        what = "images" if images.dtype == np.uint8 else "samples"
+        masks = "" if task == CLASSIFICATION else f" of shape {wanted}"
+        raise DataError(f"{len(images)} {what} need as many int64 labels{masks}, got {found}")
     known = labels[labels != IGNORED] if task == SEGMENTATION else labels
     if labels.size and not known.size:
         raise DataError(f"no pixel has a label: all are {IGNORED}")

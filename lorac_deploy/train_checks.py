@@ -13,7 +13,7 @@ from lorac_deploy.batches import ordered_batches
 from lorac_deploy.data import Dataset
 from lorac_deploy.lora import LoraConfig, detach, select_trainable
 from lorac_deploy.models import AXES
-from lorac_deploy.train_config import TrainConfig
+from lorac_deploy.train_config import LOSS_SETTINGS, TrainConfig
 from lorac_runtime.data import LocalData, fingerprint
 from lorac_runtime.errors import ConversionError, DataError
 from lorac_runtime.manifest import InputSpec
@@ -52,7 +52,11 @@ def require_classes(dataset: Dataset) -> None:
 
 
 def require_loss(dataset: Dataset, config: TrainConfig) -> None:
-    """Raise ValueError for a loss that does not go with the task of the data."""
+    """Raise ValueError for a loss that does not go with the task of the data, and for settings of another loss."""
+    fields = {f.name: f.default for f in dataclasses.fields(config)}
+    idle = [n for n, loss in LOSS_SETTINGS.items() if loss != config.loss and getattr(config, n) != fields[n]]
+    if idle:
+        raise ValueError(f"{idle[0]} is a setting of the loss {LOSS_SETTINGS[idle[0]]}, and the loss is {config.loss}")
     able = LOSSES_OF[dataset.task]
     if config.loss not in able:
         raise ValueError(f"loss {config.loss!r} does not go with task {dataset.task}: choose {' or '.join(able)}")

@@ -97,7 +97,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = [*_number_problems(self), *_choice_problems(self)]
-        problems += _idle_problems(self)
         if self.keep == "best" and self.val_fraction == 0:
             problems.append("keep is 'best', which needs validation images (val_fraction above 0), or keep 'last'")
         if problems:
@@ -126,15 +125,6 @@ def _number_problems(c: TrainConfig) -> list[str]:
         ("threads", c.threads, c.threads is None or c.threads >= 1, "at least 1"),
     )
     return [f"{name} is {value}, expected {wanted}" for name, value, fits, wanted in limits if not fits]
-
-
-def _idle_problems(c: TrainConfig) -> list[str]:
-    """Settings of a loss that is not the one in use."""
-    fields = {f.name: f.default for f in dataclasses.fields(c)}
-    idle = [(name, loss) for name, loss in LOSS_SETTINGS.items() if loss != c.loss and getattr(c, name) != fields[name]]
-    return [
-        f"{name} is {getattr(c, name)}, a setting of the loss {loss}, and the loss is {c.loss}" for name, loss in idle
-    ]
 
 
 def _choice_problems(c: TrainConfig) -> list[str]:

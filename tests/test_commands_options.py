@@ -45,6 +45,9 @@ TRAINING = {
     "--seed": ("3", 3),
     "--threads": ("2", 2),
     "--precision": ("bf16", "bf16"),
+    "--focal-gamma": ("3", 3.0),
+    "--distillation-weight": ("0.25", 0.25),
+    "--temperature": ("4", 4.0),
 }
 DEVICE = {
     "--lr": (["0.25"], 0.25),
@@ -62,6 +65,9 @@ DEVICE = {
     "--betas": (["0.8,0.99"], (0.8, 0.99)),
     "--eps": (["1e-6"], 1e-6),
     "--amsgrad": ([], True),
+    "--focal-gamma": (["3"], 3.0),
+    "--distillation-weight": (["0.25"], 0.25),
+    "--temperature": (["4"], 4.0),
 }
 LORA = {
     "--rank": (["8"], 8),

@@ -213,7 +213,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> int:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(command._Display, "show", show)
+        patch.setattr(command.Display, "show", show)
         return main(argv)
 
 

@@ -28,8 +28,17 @@ def input_of(net: nn.Module, layer: str, size: int = 32) -> Tensor:
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_network_gives_logits_for_its_classes_and_channels(name: str) -> None:
     with torch.device("meta"):
-        net = build(ModelSpec(name, classes=7, channels=1)).eval()
-        assert net(torch.zeros(2, 1, 64, 64)).shape == (2, 7)
+        task = "segmentation" if MODELS[name].dense else "classification"
+        net = build(ModelSpec(name, classes=7, channels=1, task=task)).eval()
+        assert net(torch.zeros(2, 1, 64, 64)).shape == ((2, 7, 64, 64) if MODELS[name].dense else (2, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("resnet18", "segmentation"), ("unet_small", "regression"), ("mlp", "pose")]
+)
+def test_a_network_of_another_task_is_refused(name: str, task: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is no network for {task}; choose one of|task 'pose' is not one of"):
+        ModelSpec(name, classes=3, task=task)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "squeezenet1_0"])

@@ -46,9 +46,10 @@ def test_stem_and_head_of_known_networks_are_found(name: str, stem: str, head: s
 @pytest.mark.parametrize("name", MODELS)
 def test_backbone_and_head_together_are_the_whole_network(name: str) -> None:
     with torch.device("meta"):
-        module = build(ModelSpec(name, classes=7))
+        module = build(ModelSpec(name, classes=7, task="segmentation" if MODELS[name].dense else "classification"))
     network = describe(module)
     head = sum(torch.Size(shape).numel() for _, shape in (network.head_weight, network.head_bias or ("", (0,))))
+    head += sum(torch.Size(layer.shape).numel() + layer.shape[0] for layer in network.more_heads)
     assert network.backbone_parameters + head == sum(p.numel() for p in module.parameters())
 
 

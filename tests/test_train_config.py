@@ -26,6 +26,9 @@ BAD = {
     "seed": -1,
     "threads": 0,
     "precision": "fp32",
+    "focal_gamma": 0.5,
+    "distillation_weight": 1.0,
+    "temperature": 0.0,
 }
 
 

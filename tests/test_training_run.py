@@ -14,6 +14,7 @@ from training_cases import DATA, LEARNING, QUICK, equal, network, run, spec, sta
 from lorac_deploy.batches import ordered_batches, training_batches
 from lorac_deploy.batchnorm import recalibrate
 from lorac_deploy.data import Dataset, split_validation
+from lorac_deploy.train_config import LOSS_SETTINGS
 from lorac_deploy.trainer import TrainConfig, evaluate, train
 from lorac_deploy.training_report import Progress
 from lorac_runtime.errors import DivergenceError
@@ -91,7 +92,9 @@ def spoil_last(net: nn.Module) -> Callable[[Progress], None]:
 
 
 def test_the_list_of_changes_covers_every_setting() -> None:
-    assert set(CHANGES) | {"threads", "precision"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(CHANGES) | {"threads", "precision", *LOSS_SETTINGS} == {
+        field.name for field in dataclasses.fields(TrainConfig)
+    }
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -100,6 +103,18 @@ def test_every_setting_changes_the_result(name: str) -> None:
     run(default, config=LEARNING, on_progress=spoil_last(default))
     run(changed, config=dataclasses.replace(LEARNING, **{name: CHANGES[name]}), on_progress=spoil_last(changed))
     assert not equal(state_of(default), state_of(changed))
+
+
+@pytest.mark.parametrize("name", LOSS_SETTINGS)
+def test_a_setting_of_a_loss_changes_what_it_trains_and_goes_with_no_other(name: str) -> None:
+    values = {"focal_gamma": 4.0, "distillation_weight": 0.9, "temperature": 5.0}
+    config = dataclasses.replace(LEARNING, loss=LOSS_SETTINGS[name])
+    default, changed = network(), network()
+    run(default, config=config)
+    run(changed, config=dataclasses.replace(config, **{name: values[name]}))
+    assert not equal(state_of(default), state_of(changed))
+    with pytest.raises(ValueError, match=f"{name} is a setting of the loss"):
+        run(network(), config=dataclasses.replace(LEARNING, **{name: values[name]}))
 
 
 def test_the_epoch_with_the_best_validation_is_kept_and_the_latest_of_equals() -> None:
