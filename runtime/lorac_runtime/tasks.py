@@ -76,7 +76,7 @@ def task_problems(task: Task, loss: str) -> list[str]:
     """What contradicts itself in a task, and in a ``loss`` for it, a line each.
 
     >>> task_problems(Task("regression", (Output("y", (1,)),), (Target("targets", "float32", (2,)),)), "l1")
-    ['task.targets: targets is float32 (2), expected float32 (1), as the output y']
+    ['task.targets: targets is float32 (2), expected targets is float32 (1), as the output y']
     """
     if task.kind not in TASKS[1:]:
         return [f"task.kind: {task.kind!r} is not one of {', '.join(TASKS[1:])}"]
