@@ -11,6 +11,7 @@ BENCHMARKS = {
     "export": "time, memory and size of making the files that a device is given, beside other converters",
     "fleet": "what 20 cameras with different drifts gain by learning together, and what travels",
     "fleet_page": "fill in the tables and the plot of docs/fleet.md from a finished fleet",
+    "fleet_traffic": "bytes that a device of a fleet sends and receives in a round, on the wire",
     "footprint": "installed and wheel megabytes, import seconds and memory of a device, beside other frameworks",
     "finetune": "time of fine-tuning steps, of epochs and to a target accuracy, beside what else one would use",
     "forms": "which form of an adapter costs less, layer by layer; the cost model that chooses it",

@@ -94,16 +94,12 @@ def apart_error(manifest: Manifest, states: Sequence[Tensors]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A fleet: accuracies by client, bytes per client and round, and errors of averaging, by round."""
+    """A fleet: accuracies by client; by round the errors of averaging, and accuracy with what clients were sent."""
 
     way: str
     seed: int
     clients: dict[str, dict[str, float | None]]
     trained: int
-    payload_down: float
-    payload_up: float
-    model_bytes: int
-    share: float
     truncation: tuple[float, ...]
     apart: tuple[float, ...]
     by_round: tuple[float, ...]
@@ -142,10 +138,6 @@ def row(way: Way, seed: int, report: FleetReport, trained: int, apart: Sequence[
         seed=seed,
         clients={c.client: {"base": c.base, "local": c.local, "federated": c.federated} for c in report.clients},
         trained=trained,
-        payload_down=report.down,
-        payload_up=report.up,
-        model_bytes=report.model_bytes,
-        share=report.share,
         truncation=tuple(r.error for r in report.history.rounds),
         apart=tuple(apart),
         by_round=tuple(before),

@@ -12,7 +12,6 @@ from typing import Any
 from lorac_deploy.fleet.plot import draw
 from lorac_deploy.fleet.simulation import ClientResult
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = ("base", "local", "federated")
 
 
@@ -40,18 +39,16 @@ def spread(values: Sequence[float]) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each way: accuracies over seeds, gains, what travels, and errors of averaging."""
+    """A line for each way: accuracies over seeds, gains, and the largest errors of averaging in any round."""
     lines = [
-        "| | seeds | before % | alone % | federated % | gain over before | over alone | bytes of a client and round "
+        "| | seeds | before % | alone % | federated % | gain over before | over alone "
         "| error of the mean kept by factors | of A and B averaged apart |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for way, fleets in ways(rows).items():
         found = [means(row) for row in fleets]
         cells = [spread([m[c] for m in found]) for c in COLUMNS]
         cells += [spread([m["federated"] - m[c] for m in found]) for c in ("base", "local")]
-        sent = fleets[0]["payload_down"] + fleets[0]["payload_up"]
-        cells.append(f"{sent:,.0f} ({100 * fleets[0]['share']:.2f} %)")
         cells += [f"{100 * max(max(row[e]) for row in fleets):.1f} %" for e in ("truncation", "apart")]
         lines.append(f"| {way} | {len(fleets)} | {' | '.join(cells)} |")
     return lines
@@ -77,16 +74,42 @@ def per_client(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def traffic(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each case of `benchmarks.fleet_traffic`."""
+    lines = [
+        "| | base.onnx, bytes | tensors, one way | of the model | on the wire, up | down | of the model, both ways |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        name = f"{r['model']}, rank {r['rank']}{', lora_a frozen' if r['freeze_a'] else ''}, {r['numbers']}"
+        cells = [f"{r['model_bytes']:,}", f"{r['tensors']:,}", f"{100 * r['tensors_share']:.2f} %"]
+        cells += [f"{r['up']:,.0f}", f"{r['down']:,.0f}", f"{100 * r['wire_share']:.2f} %"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def filled(text: str, mark: str, lines: Sequence[str]) -> str:
+    """The page with ``lines`` in the place that is marked for them.
+
+    >>> filled("a <!-- x -->old<!-- /x --> b", "x", ["new"])
+    'a <!-- x -->\\nnew\\n<!-- /x --> b'
+    """
+    before, _, rest = text.partition(f"<!-- {mark} -->")
+    return "\n".join([f"{before}<!-- {mark} -->", *lines, f"<!-- /{mark} -->"]) + rest.partition(f"<!-- /{mark} -->")[2]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Fill in the page and draw the plot."""
     p = argparse.ArgumentParser(prog="python -m benchmarks fleet_page", description=__doc__)
     p.add_argument("results", type=Path, help="what `python -m benchmarks fleet` wrote")
-    p.add_argument("page", type=Path, help=f"the page; what stands between {BEGIN} and {END} is replaced")
+    p.add_argument("traffic", type=Path, help="what `python -m benchmarks fleet_traffic` wrote")
+    p.add_argument(
+        "page", type=Path, help="the page; what stands between <!-- results --> and <!-- /results --> changes"
+    )
     p.add_argument("--plot", type=Path, required=True, help="the plot to draw")
     args = p.parse_args(argv)
-    rows = json.loads(args.results.read_text(encoding="utf-8"))["rows"]
-    before, _, rest = args.page.read_text(encoding="utf-8").partition(BEGIN)
-    text = "\n".join(["", *summary(rows), "", *per_client(rows), ""])
-    args.page.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    rows, sent = (json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (args.results, args.traffic))
+    text = filled(args.page.read_text(encoding="utf-8"), "results", [*summary(rows), "", *per_client(rows)])
+    args.page.write_text(filled(text, "traffic", traffic(sent)), encoding="utf-8")
     draw(clients(rows), args.plot)
     return 0

@@ -23,12 +23,13 @@ from lorac_deploy.fleet.rounds import FleetConfig, Learned, run_rounds
 from lorac_deploy.fleet.simulation import clients_in, simulate
 from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
 from lorac_runtime.adapter import load_adapter
-from lorac_runtime.errors import BusyError, CheckpointError, DataError, FleetError
+from lorac_runtime.errors import AdapterError, BusyError, CheckpointError, DataError, FleetError
 from lorac_runtime.files import locked
 from lorac_runtime.fleet import join
 from lorac_runtime.fleet.client import client_app
 from lorac_runtime.fleet.device import Order, Place, open_device
 from lorac_runtime.fleet.join import node_config
+from lorac_runtime.fleet.messages import array_record, nbytes, tensors_in
 from lorac_runtime.manifest import load
 
 App = Callable[[Message, Context], Message]
@@ -97,8 +98,10 @@ def test_nothing_but_adapters_and_a_few_numbers_leaves_a_client(home: Path, tmp_
     allowed = {"num-examples", "loss", "held-out-loss", "accuracy", "base-held-out-loss", "base-accuracy"}
     assert len(replies) == 4
     for reply in replies:
-        for arrays in reply.content.array_records.values():
-            assert {n: a.numpy().shape for n, a in arrays.items()} == {t.name: t.shape for t in manifest.trainables}
+        if reply.content.array_records:
+            sent = tensors_in(reply.content)
+            assert {n: value.shape for n, value in sent.items()} == {t.name: t.shape for t in manifest.trainables}
+            assert nbytes(reply.content.array_records["arrays"]) < 4 * manifest.trained_parameters + 1000
         for metrics in reply.content.metric_records.values():
             assert set(metrics) <= allowed
             assert all(isinstance(value, int | float) for value in metrics.values())
@@ -125,10 +128,9 @@ def spoiled(spoil: Callable[[dict[str, np.ndarray[Any, Any]]], None], name: str 
     def app(message: Message, context: Context) -> Message:
         reply = inner(message, context)
         if context.node_config["name"] == name and reply.has_content() and reply.content.array_records:
-            tensors = {n: a.numpy().copy() for n, a in reply.content.array_records["arrays"].items()}
+            tensors = tensors_in(reply.content)
             spoil(tensors)
-            record = ArrayRecord({n: Array(value) for n, value in tensors.items()})
-            reply.content = RecordDict({**dict(reply.content.items()), "arrays": record})
+            reply.content = RecordDict({**dict(reply.content.items()), "arrays": array_record(tensors)})
         return reply
 
     return app
@@ -144,6 +146,22 @@ def test_a_malicious_client_changes_nothing_of_what_the_others_learn(home: Path,
     [record] = learned.history.rounds
     assert [line.split(":")[0] for line in record.refused] == ["rejected cam3 (node 5)"]
     fleet_cases.assert_same(load(home / "artifact"), learned.tensors, honest.tensors)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({}, "got [[]]"),
+        ({"3.lora_b": np.zeros(2, np.float32)}, "got [['3.lora_b']]"),
+        ({"adapter.safetensors": np.zeros(9, np.uint8)}, "the tensors cannot be read"),
+        ({"adapter.safetensors": np.zeros(9, np.float32)}, "is float32, expected the bytes"),
+    ],
+)
+def test_what_is_no_file_of_tensors_is_refused_in_words(arrays: dict[str, Any], said: str) -> None:
+    content = RecordDict({"arrays": ArrayRecord({name: Array(value) for name, value in arrays.items()})})
+    with pytest.raises(AdapterError) as refused:
+        tensors_in(content)
+    assert said in str(refused.value)
 
 
 def failing(names: set[str], *, error: bool) -> App:
@@ -257,6 +275,8 @@ def test_a_folder_without_clients_is_refused(home: Path, tmp_path: Path) -> None
         clients_in(tmp_path)
     with pytest.raises(DataError, match="holds 4 clients, expected at least 5"):
         clients_in(home / "clients", 5)
+    with pytest.raises(DataError, match="4 clients can give no 5 answers"):
+        simulate(FleetRules(home / "artifact"), clients_in(home / "clients"), tmp_path, FleetConfig(min_clients=5))
 
 
 def test_the_command_prints_each_client_and_what_travels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import signal
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--plot", type=Path, help="draw each client's accuracies into this .png file")
     g = p.add_argument_group("with --server")
     g.add_argument("--wait", type=float, help="seconds to wait until enough devices are connected (default: 600)")
-    g.add_argument("--certificate", type=Path, help="the server's certificate (PEM); without TLS anybody may listen")
+    g.add_argument("--certificate", type=Path, help="the server's certificate (PEM), for its address and 127.0.0.1")
     g.add_argument("--key", type=Path, help="the certificate's private key (PEM)")
     g.add_argument("--ca-certificate", type=Path, help="the certificate of the authority that signed it (PEM)")
     return p
@@ -147,6 +148,9 @@ def _served(p: argparse.ArgumentParser, args: argparse.Namespace, rules: FleetRu
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended by a service manager, Flower's processes end too
     with counted("waiting for devices") as told:
         outcome = serve(rules, listening, args.out, config, connect=args.clients, on_progress=told)
+    if args.json:
+        print(json.dumps(outcome["clients"], indent=1))
+        return 0
     table = Table("device", "before", "federated", title=str(args.out / "adapter.safetensors"))
     for client in outcome["clients"]:
         figures = client["figures"]

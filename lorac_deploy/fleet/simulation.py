@@ -113,6 +113,8 @@ def simulate(
 
     Raises what `run_rounds` raises, and DataError, ArtifactError if a client cannot begin.
     """
+    if len(clients) < config.min_clients:
+        raise DataError(f"{len(clients)} clients can give no {config.min_clients} answers; lower --min-clients")
     told = on_progress or _silent
     places = {c.name: _place(rules.artifact, c, out, threads=1) for c in clients}
     devices = {name: open_device(place) for name, place in places.items()}
