@@ -124,7 +124,7 @@ def test_the_options_are_the_fields_of_the_config() -> None:
     actions = {a.dest: a for a in cli.parser()._actions}
     fields = {f.name: f for f in dataclasses.fields(FinetuneConfig)}
     gate = {f.name for f in dataclasses.fields(GateConfig)}
-    others = {"help", "artifact", "data", "out", "adapter", "json", "quiet", "events", "nice"}
+    others = {"help", "version", "artifact", "data", "out", "adapter", "json", "quiet", "events", "nice"}
     assert set(actions) - set(fields) - gate == others | {"keep_if_better", "generations"}
     assert all(actions[name].default == field.default for name, field in fields.items())
     assert all(action.help and action.help is not argparse.SUPPRESS for action in actions.values())

@@ -91,7 +91,7 @@ def test_a_graph_of_unknown_size_is_exported_and_says_what_that_means(
     def unknown(*_: object, **__: object) -> None:
         raise ValueError("the size of 'odd' is not known")
 
-    monkeypatch.setattr(memory_needs, "peak", unknown)
+    monkeypatch.setattr(memory_needs, "peaks", unknown)
     assert load(export(tmp_path / "a").folder).memory == ()
     assert "devices refuse --memory: the size of 'odd' is not known" in caplog.text
 

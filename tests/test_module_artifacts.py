@@ -17,7 +17,7 @@ from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter, save_module_adapter
 from lorac_deploy.batchnorm import recalibrate
-from lorac_deploy.commands.export_training_artifact import _show
+from lorac_deploy.commands._artifact_table import show
 from lorac_deploy.lora import LoraConfig, adapter_tensors, select_trainable
 from lorac_exporters.artifact import ArtifactConfig, ExportReport, write_artifact
 from lorac_exporters.engine_files import EngineChoice
@@ -168,7 +168,7 @@ def test_reports_say_that_the_file_is_no_drop_in_for_the_original(
     added = mf.load(tmp_path / "artifact").additions
     assert added is not None
     assert added == report.manifest.additions
-    _show(report, list_changes=False)
+    show(report, list_changes=False)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"{added.nodes} nodes" in shown
     assert f"{added.multiply_adds:,} multiply-adds more than" in shown
