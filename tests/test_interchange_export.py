@@ -12,11 +12,13 @@ from interchange_case import INPUTS, Case, answers, in_peft
 from safetensors.torch import load_file
 
 from lorac_deploy.adapter_files import save_module_adapter
+from lorac_deploy.commands import _share
+from lorac_deploy.commands import import_adapter as import_adapter_command
 from lorac_deploy.commands.export import main
 from lorac_deploy.export import export_training_artifact
 from lorac_deploy.folding import fold_batchnorm
-from lorac_deploy.interchange import Source
-from lorac_deploy.interchange.exporting import ShareConfig, export_folder, export_state_dict
+from lorac_deploy.interchange import FORMATS, Source
+from lorac_deploy.interchange.exporting import FOLDERS, STATE_DICT, ShareConfig, export_folder, export_state_dict
 from lorac_deploy.interchange.folders import Shared
 from lorac_deploy.interchange.importing import import_adapter
 from lorac_deploy.lora import select_trainable
@@ -169,6 +171,12 @@ def test_layers_that_the_network_lacks_are_refused(case: Case, tmp_path: Path) -
     with pytest.raises(ConversionError, match="added layers to resnet20"):
         export_folder(artifact, artifact / "adapter.safetensors", out, ShareConfig("peft"))
     assert not out.exists()
+
+
+def test_the_commands_offer_every_format() -> None:
+    assert _share.FOLDERS == FOLDERS
+    assert (*FOLDERS, STATE_DICT) == _share.SHARED
+    assert import_adapter_command.FORMATS == FORMATS
 
 
 def test_a_folder_of_neither_kind_is_named(case: Case, tmp_path: Path) -> None:
