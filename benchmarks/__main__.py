@@ -10,6 +10,7 @@ BENCHMARKS = {
     "adaptation": "accuracy on drifted images before and after fine-tuning, per method and corruption",
     "export": "time, memory and size of making the files that a device is given, beside other converters",
     "fleet": "what 20 cameras with different drifts gain by learning together, and what travels",
+    "fleet_alone": "what each of these cameras comes to without the others, at several learning rates",
     "fleet_page": "fill in the tables and the plot of docs/fleet.md from a finished fleet",
     "fleet_traffic": "bytes that a device of a fleet sends and receives in a round, on the wire",
     "footprint": "installed and wheel megabytes, import seconds and memory of a device, beside other frameworks",
@@ -21,10 +22,13 @@ BENCHMARKS = {
     "memory": "peak memory of fine-tuning, saved activations, sizes of files, beside what else one would use",
     "page": "fill in the tables and plots of docs/results.md from finished benchmarks",
     "report": "one page, index.html, of a results file: what came out, plots, tables, beside an earlier run",
+    "segmentation": "do torchvision's segmentation networks export, step as PyTorch does, fuse (docs/tasks.md)",
     "skip": "Skip2-LoRA: fine-tuning with skip adapters and a cache beside LoRA on all layers, accuracy and time",
     "setup": "make the Python environments that other benchmarks need",
     "startup": "seconds from starting the process to the end of the first step, beside PyTorch",
     "timm": "which of timm's convolutional nets attach, export, step as PyTorch does, fuse (docs/timm.md)",
+    "web": "the page that trains beside the runtime: how far apart their adapters are, milliseconds per step",
+    "web_page": "fill in the tables of docs/browser.md",
     "studies": "the papers' comparisons of methods on real data, each a grid for lorac-deploy study",
 }
 

@@ -16,7 +16,8 @@ class Row:
     ``attach``, ``export``, ``fuse`` and ``dropin`` hold the reason of a failure. ``step_error`` is the largest
     relative distance, over all tensors that train, of the change in one step from PyTorch's in float64,
     ``torch_error`` that of PyTorch's own float32, ``loss_error`` that of the loss. ``tflite`` says why there is no
-    base.tflite; ``training`` why the engine onnxruntime-training cannot train it.
+    base.tflite, ``tflite_dropin`` why the fused one is no drop-in; ``training`` why the engine onnxruntime-training
+    cannot train it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     dropin: str | None = None
     tflite: str | None = None
     training: str | None = None
+    tflite_dropin: str | None = None
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:

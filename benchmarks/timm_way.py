@@ -1,4 +1,4 @@
-"""One of timm's networks on the way that a user's goes; how far it comes is a `Row`."""
+"""A network on the way that a user's goes; how far it comes is a `Row`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from lorac_exporters.engine_files import obstacles
 from lorac_exporters.graphs import build_graphs
 from lorac_exporters.onnx_file import read_graph
 from lorac_exporters.plan import LoraConfig
+from lorac_exporters.task_config import TaskConfig
 from lorac_exporters.verify import verify
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import save_adapter
@@ -35,6 +36,7 @@ from lorac_runtime.engines import open_engine
 from lorac_runtime.errors import LoracDeployError
 from lorac_runtime.manifest import InputSpec, Manifest, TrainingDefaults
 from lorac_runtime.patch import fuse
+from lorac_runtime.tasks import CLASSIFICATION, IGNORED, LABELS
 
 CLASSES, BATCH = 10, 1
 BATCHES = 8  # on one, rounding may flip a ReLU, of which the gradient jumps; a wrong gradient is wrong on all
@@ -46,13 +48,17 @@ Arrays = Mapping[str, Any]
 
 def go(name: str, family: str, pixels: int) -> Row:
     """Measure the network called ``timm/name`` on images of ``pixels`` x ``pixels``."""
+    return gone(ModelSpec(f"timm/{name}", CLASSES), Row(name, family, pixels))
+
+
+def gone(spec: ModelSpec, row: Row) -> Row:
+    """Measure a network with random numbers on images of the row's size, for the task of ``spec``."""
     torch.set_num_threads(1)
-    started, row = time.perf_counter(), Row(name, family, pixels)
-    spec = ModelSpec(f"timm/{name}", CLASSES)
+    started, pixels = time.perf_counter(), row.pixels
     shape = (3, pixels, pixels)
     net = lively(build(spec), shape)
     row = dataclasses.replace(row, parameters=sum(p.numel() for p in net.parameters()))
-    with tempfile.TemporaryDirectory(prefix="timm.") as folder:
+    with tempfile.TemporaryDirectory(prefix="way.") as folder:
         row = _way(row, net, spec, Path(folder))
     return dataclasses.replace(row, seconds=time.perf_counter() - started)
 
@@ -84,10 +90,10 @@ def _way(row: Row, net: nn.Module, spec: ModelSpec, folder: Path) -> Row:
     if said[0]:
         return row
     with _stage() as said:
-        config = ArtifactConfig(lora=LORA, engine="onnxruntime", training=SGD)
+        config = ArtifactConfig(lora=LORA, engine="onnxruntime", training=SGD, task=TaskConfig(spec.task))
         made = export_training_artifact(folder / "base", folder / "a", config=config, on_progress=lambda _: None)
         row = dataclasses.replace(
-            row, tflite=made.no_tflite, training=_training_obstacles(folder / "a" / mf.BASE, input_spec)
+            row, tflite=made.no_tflite, training=_training_obstacles(folder / "a" / mf.BASE, input_spec, spec)
         )
     row = dataclasses.replace(row, export=said[0])
     if said[0]:
@@ -106,15 +112,23 @@ def _on_the_device(row: Row, net: nn.Module, folder: Path) -> Row:
     rng = np.random.default_rng(0)
     for _ in range(BATCHES):
         images = rng.standard_normal((BATCH, *manifest.input.shape)).astype(np.float32)
-        labels = rng.integers(0, CLASSES, BATCH)
+        labels = _labels(rng, manifest)
         engine.load_state(start)
-        loss = engine.train_step(engine.inputs(images), labels, RATE)
+        loss = engine.train_step(engine.inputs(images), {LABELS: labels} if manifest.task else labels, RATE)
         found = {n: (start[n].astype(np.float64) - value) / RATE for n, value in engine.state().items()}
         row = min(row, _compared(row, twin, (images, labels), (loss, found)), key=_far)
         if _far(row) <= FLOAT32:
             break
     moved = {n: value - small_step(value, found[n]) for n, value in start.items()}
     return _fused(row, manifest, {n: value.astype(np.float32) for n, value in moved.items()}, folder)
+
+
+def _labels(rng: np.random.Generator, manifest: Manifest) -> Any:
+    """A class for each image, or for each pixel, of which a tenth has none."""
+    if manifest.task is None:
+        return rng.integers(0, CLASSES, BATCH)
+    labels = rng.integers(0, CLASSES, (BATCH, *manifest.input.shape[1:]))
+    return np.where(rng.random(labels.shape) < 0.1, IGNORED, labels)
 
 
 def _far(row: Row) -> float:
@@ -147,11 +161,20 @@ def _fused(row: Row, manifest: Manifest, state: Arrays, folder: Path) -> Row:
         fuse(folder / "a", folder / "fused.onnx", state)
         save_adapter(folder / mf.ADAPTER, dict(state), adapter_metadata(manifest))
     row = dataclasses.replace(row, fuse=said[0])
+    row = dataclasses.replace(row, dropin=_differences(folder, "onnx"))
+    if row.tflite == "":
+        fuse(folder / "a", folder / "fused.tflite", state, base=mf.BASE_TFLITE)
+        row = dataclasses.replace(row, tflite_dropin=_differences(folder, "tflite"))
+    return row
+
+
+def _differences(folder: Path, form: str) -> str:
+    """What keeps the fused file from being a drop-in; "" if it is one."""
     with _stage() as said:
-        report = verify(folder / "a" / mf.BASE, folder / "fused.onnx", adapter=folder / mf.ADAPTER)
+        report = verify(folder / "a" / f"base.{form}", folder / f"fused.{form}", adapter=folder / mf.ADAPTER)
         failed = [f"{c.name}: {c.verdict}, {c.detail}" for c in report.checks if c.verdict != "pass"]
         said[0] = "; ".join(failed)
-    return dataclasses.replace(row, dropin=said[0])
+    return said[0]
 
 
 @contextlib.contextmanager
@@ -178,7 +201,8 @@ def touched(net: nn.Module) -> nn.Module:
 def stepped(net: nn.Module, images: Any, labels: Any, dtype: torch.dtype) -> tuple[float, Arrays]:
     """The loss, and the gradient of every tensor that trains, in ``dtype``."""
     twin = copy.deepcopy(net).to(dtype).eval()  # dropout off, as on the device
-    loss = nn.functional.cross_entropy(twin(torch.from_numpy(images).to(dtype)), torch.from_numpy(labels))
+    scores = twin(torch.from_numpy(images).to(dtype))
+    loss = nn.functional.cross_entropy(scores, torch.from_numpy(labels), ignore_index=IGNORED)
     loss.backward()  # type: ignore[no-untyped-call]
     found = {n: p.grad.double().numpy() for n, p in twin.named_parameters() if p.grad is not None}
     return loss.item(), {n: found[n] for n in adapter_tensors(net) if n in found}
@@ -193,8 +217,10 @@ def farthest(found: Arrays, exact: Arrays) -> float:
     return largest
 
 
-def _training_obstacles(base: Path, spec: InputSpec) -> str:
+def _training_obstacles(base: Path, spec: InputSpec, model: ModelSpec) -> str:
     """Operators that onnxruntime-training cannot differentiate in this network; none: ""."""
+    if model.task != CLASSIFICATION:
+        return "it has the loss of classifiers only"
     settings: dict[str, Any] = {"spec": spec, "classes": CLASSES, "new_head": False, "method": "lora-c", "lora": LORA}
     problems = obstacles(build_graphs(read_graph(base), policy="frozen", **settings), "onnxruntime-training")
     return ", ".join(sorted({f"{p.operator} ({p.reason})" for p in problems}))
