@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,18 @@ from lorac_exporters.tflite.reading import read_network
 from lorac_exporters.verify import run_onnx
 from lorac_runtime import manifest as mf
 from lorac_runtime.adapter import load_adapter, to_manifest_coordinates
-from lorac_runtime.data import LocalData, load_data, preprocess
-from lorac_runtime.errors import ArtifactError, OutputError
+from lorac_runtime.data import LocalData, load_data, load_samples, preprocess
+from lorac_runtime.errors import ArtifactError, DataError, OutputError
 from lorac_runtime.files import staged
 from lorac_runtime.manifest import Manifest
 from lorac_runtime.patch import batchnorm_tensors, fuse
-from lorac_runtime.tasks import require_classifier
+from lorac_runtime.task_data import load_task_data
+from lorac_runtime.tasks import LABELS, SEGMENTATION, require_classifier
 
 log = logging.getLogger(__name__)
 Target = Literal["tflite", "onnx"]
 Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[Any]
 TARGETS: tuple[Target, ...] = ("tflite", "onnx")
 BATCH = 64  # images computed at once
 CUT_OFF_IMAGES = 128  # about so many, spread over all, tell whether ranges are wide enough
@@ -41,10 +43,10 @@ CUT_OFF_LISTED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """What a file answered to labelled images: shares from 0 to 1.
+    """What a file answered to labelled images: shares from 0 to 1, of images, or where masks are given of pixels.
 
-    ``agreement`` is the share of images to which it gave the same class as the float32 ONNX file, and
-    ``max_difference`` the largest difference between their logits.
+    ``accuracy`` is over those with a label. ``agreement`` is the share to which it gave the same class as the float32
+    ONNX file, and ``max_difference`` the largest difference between their logits.
     """
 
     file: str
@@ -58,7 +60,8 @@ class FileReport:
     """What was written. ``tflite`` is None for an ONNX file; ``accuracies`` is empty without data.
 
     ``cut_off``: of an int8 file with data, the activations that lie at the ends of their range most often, and the
-    share of their numbers that does (from 0 to 1), the largest first.
+    share of their numbers that does (from 0 to 1), the largest first. ``by_pixel``: what the shares in ``accuracies``
+    are of.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class FileReport:
     images: int
     seconds: float
     cut_off: tuple[tuple[str, float], ...] = ()
+    by_pixel: bool = False
 
 
 def export_file(
@@ -83,10 +87,10 @@ def export_file(
 ) -> FileReport:
     """Write the network of a training artifact to the file ``out``, in the format ``to``.
 
-    ``adapter`` is fused into it. ``config`` applies to TFLite. ``calibration`` are images (an ``.npz`` file or class
-    folders) for int8; without it int8 takes the ranges of the artifact's own base.tflite, if that is int8. With
-    labelled ``data`` the report says how the file answers, beside the float32 ONNX file. ``out`` appears whole or
-    not at all, and no file of the artifact is ever overwritten.
+    ``adapter`` is fused into it. ``config`` applies to TFLite. ``calibration`` are images (an ``.npz`` file or
+    folders), with or without labels, for int8; without it int8 takes the ranges of the artifact's own base.tflite, if
+    that is int8. With labelled ``data`` (of segmentation with masks) the report says how the file answers, beside the
+    float32 ONNX file. ``out`` appears whole or not at all, and no file of the artifact is ever overwritten.
 
     Raises ArtifactError, AdapterError, DataError, ConversionError or OutputError; ValueError for settings that do not
     go together.
@@ -113,7 +117,8 @@ def export_file(
         cut_off = _cut_off(part, tests, manifest) if tests is not None and known is not None else ()
         nbytes = part.stat().st_size
     count = 0 if tests is None else len(tests)
-    return FileReport(out, nbytes, report, rows, count, time.perf_counter() - started, cut_off)
+    seconds = time.perf_counter() - started
+    return FileReport(out, nbytes, report, rows, count, seconds, cut_off, manifest.task is not None)
 
 
 def config_problem(to: Target, config: tflite.TfliteConfig | None, calibration: Path | None) -> str:
@@ -171,7 +176,7 @@ def _calibration(
     if config is None or config.weights != "int8":
         return None
     if images is not None:
-        return _local(images, manifest).images
+        return load_samples(images, manifest.input)
     if manifest.tflite is None or manifest.tflite.weights != "int8":
         raise ArtifactError(
             f"{artifact} has no int8 {mf.BASE_TFLITE} whose ranges could be taken over; give images with --calibration"
@@ -185,11 +190,14 @@ def _accuracies(
 ) -> Iterator[Accuracy]:
     """The float32 ONNX file, then the TFLite file if that was written."""
     expected = np.concatenate([run_onnx(onnx, preprocess(images, manifest.input)) for images in _batches(tests)])
-    yield _accuracy("float32 ONNX", expected, expected, tests)
+    labels = tests.known_labels() if manifest.task is None else tests.targets[LABELS]
+    counted = np.ones(labels.shape, bool) if manifest.task is None else labels != manifest.task.ignore_index
+    yield _accuracy("float32 ONNX", expected, expected, (labels, counted))
     if report is not None:
         answers = TfliteAnswers(written, read_network(written), manifest.input)
         found = np.concatenate([next(iter(answers(images).values())) for images in _batches(tests)])
-        yield _accuracy(f"{report.weights} TFLite", found, expected, tests)
+        channels_first = np.moveaxis(found, -1, 1)  # as ONNX has them
+        yield _accuracy(f"{report.weights} TFLite", channels_first, expected, (labels, counted))
 
 
 def _cut_off(written: Path, tests: LocalData, manifest: Manifest) -> tuple[tuple[str, float], ...]:
@@ -200,11 +208,12 @@ def _cut_off(written: Path, tests: LocalData, manifest: Manifest) -> tuple[tuple
     return tuple(sorted(shares.items(), key=lambda item: -item[1])[:CUT_OFF_LISTED])
 
 
-def _accuracy(name: str, logits: Floats, expected: Floats, tests: LocalData) -> Accuracy:
-    guesses = logits.argmax(1)
+def _accuracy(name: str, logits: Floats, expected: Floats, labels: tuple[Labels, Labels]) -> Accuracy:
+    """By image, or by pixel; ``labels`` are those, and which of them count."""
+    guesses, (known, counted) = logits.argmax(1), labels
     return Accuracy(
         file=name,
-        accuracy=float(np.mean(guesses == tests.known_labels())),
+        accuracy=float(np.mean((guesses == known)[counted])),
         agreement=float(np.mean(guesses == expected.argmax(1))),
         max_difference=float(np.max(np.abs(logits - expected))),
     )
@@ -216,6 +225,11 @@ def _batches(tests: LocalData) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def _local(path: Path, manifest: Manifest) -> LocalData:
+    if manifest.task is not None and manifest.task.kind == SEGMENTATION:
+        data = load_task_data(path, manifest, manifest.task)
+        if LABELS not in data.targets:
+            raise DataError(f"{path} has no {LABELS}: how a file answers is told by the class of each pixel")
+        return data
     why = "answers to data are compared by the class that is said"
     require_classifier(path, manifest.task, why, "leave the data out, and check the file with `lorac-deploy verify`")
     return load_data(path, manifest.input, manifest.output.classes, manifest.class_names, require_classes=1)

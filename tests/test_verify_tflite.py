@@ -257,9 +257,9 @@ def test_int8_files_that_left_their_ranges_are_told_and_fail_when_the_answers_ar
     assert (near.verdict, outside.verdict, lost.verdict) == ("pass", "pass", "fail")
     assert "(2.0 output steps)" in near.detail
     assert "(0.5 output steps)" in near.detail
-    assert "certify" not in near.detail
-    assert "certify" in outside.detail
-    assert "certify" in lost.detail
+    assert "calibrate anew" not in near.detail
+    assert "calibrate anew" in outside.detail
+    assert "calibrate anew" in lost.detail
 
 
 def test_an_adapter_of_another_artifact_is_refused(

@@ -42,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--adapter", type=Path, help="adapter.safetensors to fuse or to convert (default: none, the base network)"
     )
-    p.add_argument("--data", type=Path, help="labelled images (.npz or class folders): report how the file answers")
+    p.add_argument(
+        "--data",
+        type=Path,
+        help="labelled images (.npz, class folders, or images and masks): report how the file answers",
+    )
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     _add_tflite_options(p)
     add_options(p)
@@ -141,7 +145,8 @@ def _show(report: FileReport) -> None:
 
 
 def _accuracy_table(report: FileReport) -> Table:
-    table = Table("file", "accuracy", "same class as ONNX", "largest difference", title=f"on {report.images} images")
+    title = f"on {report.images} images{', by pixel' if report.by_pixel else ''}"
+    table = Table("file", "accuracy", "same class as ONNX", "largest difference", title=title)
     for row in report.accuracies:
         table.add_row(row.file, f"{row.accuracy:.2%}", f"{row.agreement:.2%}", f"{row.max_difference:.2e}")
     return table

@@ -41,8 +41,8 @@ ROUNDED_SAMPLES = 32  # of fp16 and int8 files: their errors are told by their s
 SLACK = 5.0  # how much larger the error of a fused fp16 or int8 file may be than its base's own
 SPREAD = 0.5  # of the logits' standard deviation: beyond it an int8 file answers something else
 ADVICE = (
-    "; activations have left the ranges of the base: see `lorac-deploy certify` on real images, or calibrate anew with "
-    "`lorac-deploy export --weights int8`"
+    "; activations have left the ranges of the base: calibrate anew with `lorac-deploy export --weights int8 "
+    "--calibration`, and see with --data what the file answers to real images"
 )
 
 
