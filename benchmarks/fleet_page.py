@@ -74,6 +74,15 @@ def per_client(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def alone(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each learning rate of `benchmarks.fleet_alone`: mean accuracy of the clients, over seeds."""
+    lines = ["| peak learning rate | alone % |", "|---|---|"]
+    for rate in sorted({row["lr"] for row in rows}, reverse=True):
+        found = [100 * statistics.fmean(row["accuracy"]) for row in rows if row["lr"] == rate]
+        lines.append(f"| {rate:g} | {spread(found)} |")
+    return lines
+
+
 def traffic(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each case of `benchmarks.fleet_traffic`."""
     lines = [
@@ -106,10 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "page", type=Path, help="the page; what stands between <!-- results --> and <!-- /results --> changes"
     )
+    p.add_argument("--alone", type=Path, required=True, help="what `python -m benchmarks fleet_alone` wrote")
     p.add_argument("--plot", type=Path, required=True, help="the plot to draw")
     args = p.parse_args(argv)
-    rows, sent = (json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (args.results, args.traffic))
+    paths = (args.results, args.traffic, args.alone)
+    rows, sent, apart = (json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths)
     text = filled(args.page.read_text(encoding="utf-8"), "results", [*summary(rows), "", *per_client(rows)])
-    args.page.write_text(filled(text, "traffic", traffic(sent)), encoding="utf-8")
+    text = filled(filled(text, "traffic", traffic(sent)), "alone", alone(apart))
+    args.page.write_text(text, encoding="utf-8")
     draw(clients(rows), args.plot)
     return 0

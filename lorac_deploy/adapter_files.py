@@ -30,6 +30,7 @@ from lorac_deploy.lora import (
 from lorac_deploy.lora_report import AttachReport
 from lorac_deploy.structure import describe
 from lorac_deploy.unfolding import Tensors, as_shifts, unfold
+from lorac_exporters.methods import METHODS
 from lorac_exporters.methods.paca import partial_metadata
 from lorac_exporters.modules.additions import module_metadata
 from lorac_exporters.plan import Layer, LoraConfig, SmallLayers
@@ -134,6 +135,18 @@ def attach_adapter(
         detach(module)
         raise
     return report_of(module)
+
+
+def settings_of(path: Path, module: nn.Module) -> tuple[str, LoraConfig]:
+    """Method and settings that an adapter file for the plain ``module`` was trained with.
+
+    Raises AdapterError if it is no adapter file, or of none of the methods.
+    """
+    file = load_adapter(path)
+    method = file.metadata.get("method", "")
+    if method not in METHODS:
+        raise AdapterError(f"{path} says that its method is {method!r}, which is none of {', '.join(METHODS)}")
+    return method, _config(module, file)
 
 
 def _metadata(module: nn.Module, report: AttachReport, model: str) -> dict[str, str]:

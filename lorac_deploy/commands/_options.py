@@ -67,10 +67,10 @@ def pair(text: str) -> tuple[float, float]:
     return first, second
 
 
-def add_method_option(p: argparse._ActionsContainer, default: str) -> None:
-    """``--method``, whose help says what each does."""
+def add_method_option(p: argparse._ActionsContainer, default: str | None, shown: str = "%(default)s") -> None:
+    """``--method``, whose help says what each does, and ``shown`` for the default."""
     lines = [f"{name}: {method.summary}" for name, method in METHODS.items()]
-    text = "\n".join(["what trains (default: %(default)s)", *lines])
+    text = "\n".join([f"what trains (default: {shown})", *lines])
     p.add_argument("--method", choices=tuple(METHODS), default=default, metavar="METHOD", help=text)
 
 

@@ -19,6 +19,7 @@ from lorac_deploy.commands._options import (
     add_method_option,
     device_defaults,
     lora_config,
+    lora_given,
     names,
     refuse_idle_lora_options,
     refuse_idle_step_options,
@@ -34,6 +35,7 @@ from lorac_runtime.version import __version__
 
 if TYPE_CHECKING:  # it imports all that exports
     from lorac_exporters.artifact import ExportReport
+    from lorac_exporters.plan import LoraConfig
 
 ARTIFACT = ArtifactConfig()
 
@@ -61,7 +63,12 @@ def parser() -> argparse.ArgumentParser:
         "--onnx", type=Path, help="any ONNX classifier of images or signals, or with --task or --loss-graph any network"
     )
     p.add_argument("--out", type=Path, required=True, help="the artifact's folder; an earlier artifact is replaced")
-    p.add_argument("--adapter", type=Path, help="start the device from this adapter, trained in PyTorch")
+    p.add_argument(
+        "--adapter",
+        type=Path,
+        help="start the device from this adapter, trained in PyTorch or imported; with --checkpoint its method and "
+        "settings are taken from it, unless some are given",
+    )
     p.add_argument(
         "--input-uint8", action="store_true", help="put scale/mean/std into the graph: it takes raw uint8 NHWC"
     )
@@ -119,7 +126,7 @@ def _add_task_options(p: argparse.ArgumentParser) -> None:
 
 def _add_method_options(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("what trains")
-    add_method_option(g, ARTIFACT.method)
+    add_method_option(g, None, f"{ARTIFACT.method}, or that of --adapter")
     g.add_argument("--bn", choices=BN_POLICIES, help=f"batch normalisation ({_policies()})")
     g.add_argument(
         "--seed",
@@ -177,9 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.onnx is not None and (args.mean is None or args.std is None):
         p.error("--onnx needs --mean and --std: the file does not say how its input was normalised")
+    with usage_errors(p):
+        lora = _settled(args)
     _refuse_idle_options(p, args)
     with usage_errors(p):
-        config = _config(args)
+        config = _config(args, lora)
     console = Console(stderr=True)
     with console.status("reading the model") as status:
         report = _export(args, config, lambda text: status.update(text))
@@ -206,8 +215,20 @@ def _refuse_idle_options(p: argparse.ArgumentParser, args: argparse.Namespace) -
     refuse_idle_step_options(p, args, dataclasses.asdict(ARTIFACT.settings))
 
 
-def _config(args: argparse.Namespace) -> ArtifactConfig:
-    lora, kind = lora_config(args, args.seed), _kind(args)
+def _settled(args: argparse.Namespace) -> LoraConfig:
+    """The settings that are given, else the adapter's; the method, which `args` then has, likewise."""
+    if args.adapter is not None and args.checkpoint is not None and not (args.method or lora_given(args)):
+        from lorac_deploy.adapter_files import settings_of
+        from lorac_deploy.checkpoint import load_checkpoint
+
+        args.method, lora = settings_of(args.adapter, load_checkpoint(args.checkpoint).module)
+        return lora
+    args.method = args.method or ARTIFACT.method
+    return lora_config(args, args.seed)
+
+
+def _config(args: argparse.Namespace, lora: LoraConfig) -> ArtifactConfig:
+    kind = _kind(args)
     return ArtifactConfig(
         lora=lora,
         method=args.method,

@@ -69,7 +69,6 @@ def _config(module: nn.Module, change: Change, base: Tensors, rank: int | None) 
     flat = any(base[name].ndim == 2 for name in change.deltas)
     return LoraConfig(
         rank=r,
-        alpha=float(r),
         rank_mode="rk",
         layout=change.layout,
         biases="all" if any(name.endswith(".bias") for name in change.values) else "none",
