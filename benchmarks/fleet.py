@@ -60,21 +60,27 @@ WAYS = (
 )
 
 
-def write_clients(folder: Path, pool: Dataset, seed: int, images: int, classes: int, clients: int) -> None:
-    """A folder per client: ``images`` own images of ``classes`` classes, and `TESTED` of those left for its test."""
+def write_clients(
+    folder: Path, pool: Dataset, seed: int, images: int, classes: int, clients: int, *, own: bool = False
+) -> None:
+    """A folder per client: ``images`` own images of ``classes`` classes, and `TESTED` of those left for its test.
+
+    ``own``: it is tested on its own classes alone.
+    """
     rng = np.random.default_rng(seed)
     free = list(rng.permutation(len(pool)))
-    chosen: list[list[int]] = []
+    chosen: list[tuple[set[int], list[int]]] = []
     for _ in range(clients):
-        own = rng.choice(len(pool.class_names), classes, replace=False)
-        mine = [i for i in free if pool.labels[i] in own][:images]
+        known = set(rng.choice(len(pool.class_names), classes, replace=False).tolist())
+        mine = [i for i in free if pool.labels[i] in known][:images]
         free = [i for i in free if i not in set(mine)]
-        chosen.append(mine)
-    for number, mine in enumerate(chosen):
+        chosen.append((known, mine))
+    for number, (known, mine) in enumerate(chosen):
         drift, severity = DRIFTS[number % len(DRIFTS)]
         home = folder / f"{number:02d}-{drift}"
         home.mkdir(parents=True)
-        for name, index in ((LOCAL, mine), (TEST, list(rng.permutation(free)[:TESTED]))):
+        tests = [i for i in rng.permutation(free) if not own or pool.labels[i] in known]
+        for name, index in ((LOCAL, mine), (TEST, tests[:TESTED])):
             part = pool.select(np.array(index))
             seen = corrupt(part.images, drift, severity, seed=seed)
             np.savez(home / name, images=seen, labels=part.labels)
@@ -112,7 +118,7 @@ def run(way: Way, seed: int, args: argparse.Namespace, work: Path) -> Row:
     config = ArtifactConfig(lora=dataclasses.replace(way.lora, seed=seed), tflite="none")
     export_training_artifact(args.base, artifact, config=config)
     pool = load_dataset("digits", split="test")
-    write_clients(data, pool, seed, args.images, args.classes, args.clients)
+    write_clients(data, pool, seed, args.images, args.classes, args.clients, own=args.own)
     rules = FleetRules(
         artifact, args.epochs, args.lr, args.batch_size, seed, personal=way.personal, numbers=way.numbers
     )
@@ -155,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clients", type=int, default=20, help="clients (default: %(default)s)")
     p.add_argument("--images", type=int, default=12, help="labelled images of a client (default: %(default)s)")
     p.add_argument("--classes", type=int, default=4, help="classes among them (default: %(default)s)")
+    p.add_argument("--own", action="store_true", help="test clients on these classes alone (default: on all)")
     p.add_argument("--rounds", type=int, default=10, help="rounds (default: %(default)s)")
     p.add_argument("--epochs", type=int, default=4, help="epochs of a client in a round (default: %(default)s)")
     p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of a client (default: %(default)s)")
@@ -166,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for and write it after each fleet."""
     args = parser().parse_args(argv)
     done = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-    fields = ("clients", "images", "classes", "rounds", "epochs", "lr", "batch_size")
+    fields = ("clients", "images", "classes", "own", "rounds", "epochs", "lr", "batch_size")
     settings = {name: getattr(args, name) for name in fields}
     settings["tested"] = TESTED
     for seed in args.seeds:

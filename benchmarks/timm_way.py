@@ -41,6 +41,7 @@ from lorac_runtime.tasks import CLASSIFICATION, IGNORED, LABELS
 CLASSES, BATCH = 10, 1
 BATCHES = 8  # on one, rounding may flip a ReLU, of which the gradient jumps; a wrong gradient is wrong on all
 LORA = LoraConfig(rank=2)
+SATURATED = 1e-3  # a loss so small has hardly a gradient to compare
 RATE = 1000.0  # so large that a change outweighs the rounding of the tensor it is added to
 SGD = TrainingDefaults(optimizer="sgd", clip_norm=0.0, momentum=0.0, weight_decay=0.0)
 Arrays = Mapping[str, Any]
@@ -116,6 +117,8 @@ def _on_the_device(row: Row, net: nn.Module, folder: Path) -> Row:
         engine.load_state(start)
         loss = engine.train_step(engine.inputs(images), {LABELS: labels} if manifest.task else labels, RATE)
         found = {n: (start[n].astype(np.float64) - value) / RATE for n, value in engine.state().items()}
+        if loss < SATURATED:
+            continue
         row = min(row, _compared(row, twin, (images, labels), (loss, found)), key=_far)
         if _far(row) <= FLOAT32:
             break
