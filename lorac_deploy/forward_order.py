@@ -14,6 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from lorac_exporters.plan import Network, Size, layer_of
 
+REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AssertionError,
+)  # of networks, for samples they do not take
+
 
 def with_sizes(network: Network, module: nn.Module, input_shape: tuple[int, ...]) -> Network:
     """``network``, the facts about ``module``, with `Network.order` and the sizes of its convolutions filled in.
@@ -34,6 +42,15 @@ def with_sizes(network: Network, module: nn.Module, input_shape: tuple[int, ...]
     return dataclasses.replace(network, convs=convs, order=order)
 
 
+def said(err: Exception) -> str:
+    """What a network's own code says of a sample that it refuses, which may be nothing.
+
+    >>> said(AssertionError())
+    'its own code raised AssertionError; another size may do'
+    """
+    return str(err) or f"its own code raised {type(err).__name__}; another size may do"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """Spatial sizes at a layer's first call; None where it takes no feature map, or was not called."""
@@ -50,8 +67,8 @@ def _calls(module: nn.Module, input_shape: tuple[int, ...]) -> dict[str, _Call]:
     try:
         with _evaluation(module), torch.no_grad():
             module(torch.zeros((1, *input_shape), dtype=like.dtype, device=like.device))
-    except (RuntimeError, ValueError, TypeError, IndexError) as err:
-        raise ValueError(f"the network cannot process a sample of shape {input_shape}: {err}") from err
+    except REFUSALS as err:
+        raise ValueError(f"the network cannot process a sample of shape {input_shape}: {said(err)}") from err
     finally:
         for handle in handles:
             handle.remove()

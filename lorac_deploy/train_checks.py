@@ -11,6 +11,7 @@ from torch import nn
 
 from lorac_deploy.batches import ordered_batches
 from lorac_deploy.data import Dataset
+from lorac_deploy.forward_order import REFUSALS, said
 from lorac_deploy.lora import LoraConfig, detach, select_trainable
 from lorac_deploy.models import AXES
 from lorac_deploy.train_config import LOSS_SETTINGS, TrainConfig
@@ -122,9 +123,9 @@ def _outputs(module: nn.Module, dataset: Dataset, spec: InputSpec) -> tuple[int,
     try:
         with torch.no_grad():
             logits = module.eval()(images)
-    except RuntimeError as err:
+    except REFUSALS as err:
         raise ConversionError(
-            f"the network cannot process {dataset.key} of {dataset.shape} {AXES[len(dataset.shape)]}: {err}"
+            f"the network cannot process {dataset.key} of {dataset.shape} {AXES[len(dataset.shape)]}: {said(err)}"
         ) from err
     finally:
         module.train(training)

@@ -66,6 +66,14 @@ def test_a_fitting_network_passes_and_keeps_its_mode() -> None:
     assert torch.equal(net[1].running_mean, torch.zeros(8))
 
 
+class Sixteen(nn.Module):
+    """As timm's halo attention: sides it does not take end in an assertion without a word."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[-1] % 16 == 0, "")
+        return x
+
+
 def test_a_network_of_other_outputs_or_inputs_is_refused() -> None:
     with pytest.raises(ValueError, match="the network has 3 outputs, the data 2 classes"):
         require_fit(network(), Dataset(DATA.images[:2], np.array([0, 1]), ("a", "b")), spec(DATA))
@@ -73,6 +81,8 @@ def test_a_network_of_other_outputs_or_inputs_is_refused() -> None:
         require_fit(network(), DATA, dataclasses.replace(spec(DATA), shape=(3, 8, 9)))
     with pytest.raises(ConversionError, match="cannot process images"):
         require_fit(nn.Sequential(nn.AvgPool2d(16), nn.Flatten()), DATA, spec(DATA))
+    with pytest.raises(ConversionError, match=r"cannot process images of \(3, 8, 8\).*AssertionError; another size"):
+        require_fit(nn.Sequential(Sixteen(), nn.Flatten()), DATA, spec(DATA))
 
 
 def test_one_class_is_not_enough() -> None:
