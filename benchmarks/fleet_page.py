@@ -116,12 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "page", type=Path, help="the page; what stands between <!-- results --> and <!-- /results --> changes"
     )
     p.add_argument("--alone", type=Path, required=True, help="what `python -m benchmarks fleet_alone` wrote")
+    p.add_argument("--own", type=Path, required=True, help="what `python -m benchmarks fleet --own` wrote")
     p.add_argument("--plot", type=Path, required=True, help="the plot to draw")
     args = p.parse_args(argv)
-    paths = (args.results, args.traffic, args.alone)
-    rows, sent, apart = (json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths)
+    paths = (args.results, args.traffic, args.alone, args.own)
+    rows, sent, apart, own = (json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths)
     text = filled(args.page.read_text(encoding="utf-8"), "results", [*summary(rows), "", *per_client(rows)])
-    text = filled(filled(text, "traffic", traffic(sent)), "alone", alone(apart))
+    for mark, lines in (("traffic", traffic(sent)), ("alone", alone(apart)), ("own", summary(own))):
+        text = filled(text, mark, lines)
     args.page.write_text(text, encoding="utf-8")
     draw(clients(rows), args.plot)
     return 0

@@ -68,12 +68,15 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def _served(site: Path, more: Mapping[str, str]) -> Iterator[str]:
-    handler = functools.partial(_Quiet, directory=str(site), more=more)
+def served(folder: Path, more: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The address of a server for the files of ``folder``, as `python3 -m http.server` is one; ``more``: headers."""
+    handler = functools.partial(_Quiet, directory=str(folder), more=more or {})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
+        thread.join()
 
 
 def visit(browser: Any, site: Path, images: Path, settings: Mapping[str, object], *, threads: bool = False) -> Visit:
@@ -81,7 +84,7 @@ def visit(browser: Any, site: Path, images: Path, settings: Mapping[str, object]
 
     Raises ValueError with the page's own words if it trained nothing.
     """
-    with _served(site, ISOLATED if threads else {}) as address, browser.new_context() as context:
+    with served(site, ISOLATED if threads else {}) as address, browser.new_context() as context:
         page = context.new_page()
         page.goto(address)
         page.wait_for_selector("#images:not([hidden])")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from browsers import launched
 from test_tflite_fusing import CLASSES, IMAGES, SPEC, graph, trained
-from web_pages import STATIC, served
+from web_pages import STATIC
 
+from benchmarks.web_browser import served
 from lorac_exporters.artifact import ArtifactConfig, write_artifact
 from lorac_exporters.plan import LoraConfig
 from lorac_runtime import manifest as mf

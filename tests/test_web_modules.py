@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from browsers import launched
-from web_pages import STATIC, encoded, served
+from web_pages import STATIC, encoded
 
+from benchmarks.web_browser import served
 from lorac_runtime.adapter import save_adapter
 from lorac_runtime.data import preprocess, stratified_split
 from lorac_runtime.errors import DataError

@@ -13,8 +13,9 @@ import pytest
 from browsers import launched
 from safetensors.numpy import load_file
 from small_artifacts import SPEC
-from web_pages import BATCH, EPOCHS, ISOLATED, RATE, Opened, onnxruntime_web, served, trained, windows, write_sites
+from web_pages import BATCH, EPOCHS, RATE, Opened, onnxruntime_web, trained, windows, write_sites
 
+from benchmarks.web_browser import ISOLATED, served
 from lorac_deploy import cli
 from lorac_deploy.web import engine_files
 from lorac_runtime.adapter import check_adapter, load_adapter

@@ -1,13 +1,10 @@
-"""What tests of the page need: onnxruntime-web, a server for static files, and a browser window that listens."""
+"""What tests of the page need: onnxruntime-web, and a browser window that listens."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import functools
-import http.server
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 from small_artifacts import NAMES, SPEC, export, network
 from torch import nn
 
+from benchmarks.web_browser import served
 from lorac_deploy.web import engine_files
 from lorac_deploy.web.site import write_site
 from lorac_exporters.plan import LoraConfig
@@ -24,7 +22,6 @@ from lorac_exporters.plan import LoraConfig
 Opened = Callable[..., Any]
 EPOCHS, BATCH, RATE = 4, 8, 0.01  # 20 of 25 images train: 12 steps, the last of each epoch with 4 images
 STATIC = Path(engine_files.__file__).parent / "static"
-ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 
 
 def onnxruntime_web(root: Path) -> Path:
@@ -34,32 +31,6 @@ def onnxruntime_web(root: Path) -> Path:
         absent = pytest.fail if os.environ.get("LORAC_NEEDS_WEB") == "1" else pytest.skip
         absent(f"{engine_files.PINNED} is not in {folder}: make web-env")
     return folder
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def __init__(self, *args: Any, headers: dict[str, str], **kwargs: Any) -> None:
-        self._more = headers
-        super().__init__(*args, **kwargs)
-
-    def end_headers(self) -> None:
-        for name, value in self._more.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-@contextlib.contextmanager
-def served(folder: Path, headers: dict[str, str] | None = None) -> Iterator[str]:
-    """The address of a server for the files of ``folder``, as `python3 -m http.server` is one."""
-    handler = functools.partial(_Quiet, directory=str(folder), headers=headers or {})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
 
 
 def noisy_images(count: int, shape: Sequence[int], classes: int, seed: int = 0) -> dict[str, np.ndarray]:
