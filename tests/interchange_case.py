@@ -30,6 +30,17 @@ def answers(net: nn.Module) -> torch.Tensor:
     return found
 
 
+def with_small_stem() -> nn.Module:
+    return trained("resnet18", cifar_stem=True)
+
+
+def saved(net: nn.Module, folder: Path) -> Path:
+    """The checkpoint folder of `with_small_stem`."""
+    spec = ModelSpec("resnet18", classes=10, cifar_stem=True)
+    save_checkpoint(folder, net, spec, input_spec=SPEC, class_names=NAMES, metrics={})
+    return folder
+
+
 class Case:
     def __init__(self, folder: Path, name: str, config: LoraConfig) -> None:
         self.net, self.config, self.folder = trained(name), config, folder

@@ -13,43 +13,32 @@ import numpy as np
 import pytest
 import torch
 from author_lora import wrapped
-from networks import NAMES, SPEC, trained
+from interchange_case import answers, saved, with_small_stem
+from networks import trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorac_deploy.adapter_files import attach_adapter
-from lorac_deploy.checkpoint import save_checkpoint
 from lorac_deploy.commands.import_adapter import main
 from lorac_deploy.interchange import Source, read
 from lorac_deploy.interchange.factorise import tensors_of
 from lorac_deploy.interchange.importing import import_adapter
 from lorac_deploy.lora import fuse
-from lorac_deploy.models import ModelSpec
 from lorac_runtime.errors import AdapterError
 
 peft = importlib.import_module("peft")  # after ours: it loads torchvision, which we can load without its operators
 LAYERS = ("layer1.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0")
-INPUTS = torch.randn(4, *SPEC.shape, generator=torch.Generator().manual_seed(7))
 Saved = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    return trained("resnet18", cifar_stem=True)
+    return with_small_stem()
 
 
 @pytest.fixture(scope="module")
 def base(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    spec = ModelSpec("resnet18", classes=10, cifar_stem=True)
-    save_checkpoint(folder, net, spec, input_spec=SPEC, class_names=NAMES, metrics={})
-    return folder
-
-
-def answers(net: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = net.eval()(INPUTS)
-    return found
+    return saved(net, tmp_path_factory.mktemp("base") / "base")
 
 
 def imported(net: nn.Module, path: Path) -> torch.Tensor:
