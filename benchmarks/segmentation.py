@@ -27,7 +27,7 @@ OUT, PAGE = ROOT / "docs" / "results" / "segmentation.json", ROOT / "docs" / "ta
 def table(rows: Sequence[Row]) -> list[str]:
     """A line for each network."""
     lines = [
-        "| network | parameters | adapters | loss | step (of PyTorch) | `fused.onnx` | `fused.tflite` |",
+        "| network | parameters | adapters | loss | step | ONNX | TFLite |",
         "|" + "---|" * 7,
     ]
     for row in rows:
