@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", type=int, default=12, help="labelled images of a client (default: %(default)s)")
     p.add_argument("--classes", type=int, default=4, help="classes among them (default: %(default)s)")
     p.add_argument("--own", action="store_true", help="test clients on these classes alone (default: on all)")
-    p.add_argument("--rounds", type=int, default=10, help="rounds (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=8, help="rounds (default: %(default)s)")
     p.add_argument("--epochs", type=int, default=4, help="epochs of a client in a round (default: %(default)s)")
     p.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of a client (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=4, help="of a client (default: %(default)s)")

@@ -24,7 +24,7 @@ from lorac_deploy.fleet.strategy import AdapterFedAvg, FleetRules
 from lorac_exporters.artifact import ArtifactConfig
 from lorac_runtime.fleet.device import Place, open_device
 
-RATES = (5e-3, 1e-3, 2e-4, 5e-5)
+RATES = (5e-3, 1e-3, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5)
 
 
 def accuracies(rules: FleetRules, clients: Sequence[Client], epochs: int, out: Path) -> list[float]:

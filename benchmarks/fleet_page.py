@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marks import filled
 from lorac_deploy.fleet.plot import draw
 from lorac_deploy.fleet.simulation import ClientResult
 
@@ -95,16 +96,6 @@ def traffic(rows: Sequence[dict[str, Any]]) -> list[str]:
         cells += [f"{r['up']:,.0f}", f"{r['down']:,.0f}", f"{100 * r['wire_share']:.2f} %"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-def filled(text: str, mark: str, lines: Sequence[str]) -> str:
-    """The page with ``lines`` in the place that is marked for them.
-
-    >>> filled("a <!-- x -->old<!-- /x --> b", "x", ["new"])
-    'a <!-- x -->\\nnew\\n<!-- /x --> b'
-    """
-    before, _, rest = text.partition(f"<!-- {mark} -->")
-    return "\n".join([f"{before}<!-- {mark} -->", *lines, f"<!-- /{mark} -->"]) + rest.partition(f"<!-- /{mark} -->")[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.fleet_page import filled
 from benchmarks.interpreters import ROOT
+from benchmarks.marks import filled
 from benchmarks.timm_row import Row
 from lorac_deploy.models import ModelSpec
 from lorac_deploy.segmentation_nets import SEGMENTATION_NETS
@@ -48,11 +48,11 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("--page", type=Path, default=PAGE, help="the page that shows it (default: %(default)s)")
     args = p.parse_args(argv)
     warnings.simplefilter("ignore")
-    from benchmarks.timm_way import gone
+    from benchmarks.timm_way import measured
 
     rows = []
     for name in args.names:
-        rows.append(gone(ModelSpec(name, CLASSES, task=SEGMENTATION), Row(name, SEGMENTATION, PIXELS)))
+        rows.append(measured(ModelSpec(name, CLASSES, task=SEGMENTATION), Row(name, SEGMENTATION, PIXELS)))
         print(rows[-1], file=sys.stderr, flush=True)
     atomic_write(args.out, (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode())
     atomic_write(args.page, filled(args.page.read_text(encoding="utf-8"), "networks", table(rows)).encode())

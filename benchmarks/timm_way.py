@@ -49,10 +49,10 @@ Arrays = Mapping[str, Any]
 
 def go(name: str, family: str, pixels: int) -> Row:
     """Measure the network called ``timm/name`` on images of ``pixels`` x ``pixels``."""
-    return gone(ModelSpec(f"timm/{name}", CLASSES), Row(name, family, pixels))
+    return measured(ModelSpec(f"timm/{name}", CLASSES), Row(name, family, pixels))
 
 
-def gone(spec: ModelSpec, row: Row) -> Row:
+def measured(spec: ModelSpec, row: Row) -> Row:
     """Measure a network with random numbers on images of the row's size, for the task of ``spec``."""
     torch.set_num_threads(1)
     started, pixels = time.perf_counter(), row.pixels

@@ -32,7 +32,7 @@ from lorac_exporters.artifact import ArtifactConfig
 from lorac_runtime.adapter import load_adapter, save_adapter
 from lorac_runtime.engines import graph_files, native
 from lorac_runtime.fleet.payload import Tensors
-from lorac_runtime.manifest import ADAPTER, TrainingDefaults
+from lorac_runtime.manifest import ADAPTER, TrainingDefaults, load
 from lorac_runtime.session import FinetuneConfig, finetune
 
 OPTIMIZERS = {
@@ -143,7 +143,7 @@ def speeds(browser: Any, bases: Sequence[Path], engine: Path, rounds: int) -> It
     for base in bases:
         with tempfile.TemporaryDirectory() as work:
             artifact, site = make(base, TrainingDefaults(), engine, Path(work))
-            model = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["model"]
+            model = load(artifact).model
             for who, steps in speed(browser, artifact, site, rounds, Path(work)).items():
                 row = {"model": model, "who": who, "steps": len(steps)}
                 yield {**row, "minimum": min(steps), "median": statistics.median(steps)}

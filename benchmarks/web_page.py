@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fleet_page import filled
+from benchmarks.marks import filled
 
 WHO = ("runtime, 1", "page, 1", "runtime, 2", "page, 2")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import fleet_page, segmentation, timm_page, web_page
+from benchmarks.marks import filled
 from benchmarks.timm_row import Row
 
 Found = dict[str, Any]
@@ -37,8 +38,8 @@ def test_a_table_is_that_of_its_results(root: Path, page: str, mark: str, source
     text = (root / "docs" / page).read_text(encoding="utf-8")
     lines = TABLES[page, mark, source](results(root, source))
     assert len(lines) > 3
-    assert text == fleet_page.filled(text, mark, lines)
-    assert text != fleet_page.filled(text, mark, lines[:-1])
+    assert text == filled(text, mark, lines)
+    assert text != filled(text, mark, lines[:-1])
 
 
 def test_the_page_of_timm_is_that_of_its_results(root: Path) -> None:
